@@ -1,0 +1,33 @@
+"""VeRA (Vector-based Random Matrix Adaptation) for Keras 3."""
+
+from importlib.metadata import version as _version
+
+from keras_vera import callbacks as callbacks
+from keras_vera import layers as layers
+from keras_vera.adaptation import base_model as base_model
+from keras_vera.adaptation import disable_vera as disable_vera
+from keras_vera.adaptation import enable_vera as enable_vera
+from keras_vera.adaptation import merge as merge
+from keras_vera.adapter_file import AdapterFileError as AdapterFileError
+from keras_vera.adapter_file import load_adapter as load_adapter
+from keras_vera.adapter_file import save_adapter as save_adapter
+from keras_vera.optimizers import vera_optimizer as vera_optimizer
+from keras_vera.projection import SharedProjection as SharedProjection
+from keras_vera.summary import summary as summary
+
+__version__ = _version("keras_vera")
+
+__all__ = [
+    "AdapterFileError",
+    "SharedProjection",
+    "base_model",
+    "callbacks",
+    "disable_vera",
+    "enable_vera",
+    "layers",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "summary",
+    "vera_optimizer",
+]

@@ -1,0 +1,205 @@
+"""The places where Keras' public API does not reach, in one file.
+
+Written against Keras 3.15. What each function relies on is said there; a
+release of Keras that changes it breaks this file alone.
+"""
+
+import contextlib
+import gc
+
+import keras
+from keras.src.saving import saving_lib
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils import naming
+
+
+def structural_paths(model):
+    """Returns `{path: layer}` for `model` and all layers below it.
+
+    The path is the one under which Keras' own saving finds the layer
+    (attribute names and positions in containers); unlike `layer.path` it is
+    unique and the same in every build of a model. `model` itself has path "".
+    """
+    paths = {}
+    seen = set()
+
+    def visit(layer, path):
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        paths[path] = layer
+        for attribute, child in saving_lib._walk_saveable(layer):
+            child_path = f"{path}/{attribute}" if path else attribute
+            if isinstance(child, keras.Layer):
+                visit(child, child_path)
+            elif isinstance(child, (list, dict, tuple)):
+                visit_container(child, child_path, set())
+
+    def visit_container(container, path, outer):
+        if id(container) in outer:
+            return
+        outer = outer | {id(container)}
+        if isinstance(container, dict):
+            container = list(container.values())
+        counts = {}
+        for child in container:
+            if isinstance(child, (list, dict, tuple)):
+                name = "container"
+            elif isinstance(child, KerasSaveable):
+                name = naming.to_snake_case(type(child).__name__)
+            else:
+                continue
+            count = counts[name] = counts.get(name, -1) + 1
+            child_path = f"{path}/{name}_{count}" if count else f"{path}/{name}"
+            if isinstance(child, keras.Layer):
+                visit(child, child_path)
+            elif name == "container":
+                visit_container(child, child_path, outer)
+
+    visit(model, "")
+    return paths
+
+
+def own_variables(layer):
+    """Returns the weights of `layer` itself, without its sub-layers'."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def flatten_layers(model):
+    """Returns `model` and every layer below it, each once."""
+    return model._flatten_layers()
+
+
+def sub_layers(layer):
+    return list(layer._layers)
+
+
+def set_trainable(layer, value):
+    """Sets the flag of `layer` itself; `layer.trainable = ...` recurses."""
+    layer._trainable = value
+
+
+def freeze_own_variables(layer):
+    """Freezes the variables of `layer` itself, whatever is toggled later.
+
+    `layer.trainable = True` reaches the variables that are listed as
+    trainable, so they move to the other list. They go to its front, as
+    `layer.weights`, and with it the order in saved files, is both in turn.
+
+    Returns:
+        What `thaw_own_variables` needs to undo this.
+    """
+    frozen = [(v, v.trainable) for v in own_variables(layer)]
+    moved = list(layer._trainable_variables)
+    _move(layer, moved, "non_trainable_variables")
+    for variable in moved:
+        variable.trainable = False
+    return moved, frozen
+
+
+def thaw_own_variables(layer, record):
+    moved, frozen = record
+    _move(layer, moved, "trainable_variables")
+    for variable, trainable in frozen:
+        variable.trainable = trainable
+
+
+def _move(layer, variables, to):
+    tracker = layer._tracker
+    living = {id(v) for v in own_variables(layer)}
+    variables = [v for v in variables if id(v) in living]
+    for variable in variables:
+        tracker.untrack(variable)
+    tracker.config[to][1][:0] = variables
+    tracker.stored_ids[to].update(id(v) for v in variables)
+
+
+@contextlib.contextmanager
+def new_state_allowed(layer):
+    """Lets a built layer take new variables, as Keras' own LoRA does."""
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            layer._tracker.lock()
+
+
+def remove_attribute(layer, name):
+    """Removes an attribute, and the variable or seed generator it holds.
+
+    `Layer.__delattr__` would collect garbage for each variable.
+    """
+    value = getattr(layer, name)
+    if isinstance(value, keras.Variable):
+        layer._untrack_variable(value)
+    elif isinstance(value, keras.random.SeedGenerator):
+        layer._tracker.untrack(value)
+    super(keras.Layer, layer).__delattr__(name)
+
+
+def reset_compiled(layers):
+    """Makes every living model that holds one of `layers` trace afresh.
+
+    Compiled functions have the old layers and the old set of trainable
+    variables baked in; so has a built optimizer, which starts again with its
+    own configuration (its moments belong to variables that no longer train).
+    Models do not know who contains them, hence the search.
+    """
+    changed = {id(layer) for layer in layers}
+    models = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
+    for model in models:
+        below = flatten_layers(model)
+        if changed.isdisjoint(id(layer) for layer in below):
+            continue
+        for name in (
+            "train_function",
+            "test_function",
+            "predict_function",
+            "generate_function",
+        ):
+            if getattr(model, name, None) is not None:
+                setattr(model, name, None)
+        optimizer = getattr(model, "optimizer", None)
+        if getattr(optimizer, "built", False):
+            try:
+                model.optimizer = type(optimizer).from_config(
+                    optimizer.get_config()
+                )
+            except Exception:
+                # A custom optimizer without a config: `fit` then asks for
+                # `compile`, instead of training the wrong variables.
+                model.compiled = False
+        if keras.backend.backend() == "torch":
+            # `model.parameters()` lists what was there at build time.
+            for layer in below:
+                if layer.built:
+                    layer._track_variables()
+
+
+def synchronize(model):
+    """Brings variables up to date in the middle of `fit` on JAX."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
+def hidden_group(store, create=False):
+    """Returns the HDF5 group for what plain Keras must not see, or `None`.
+
+    It lies beside the group of a layer's own variables in a weights file,
+    where Keras looks at nothing. Stores of another kind have none.
+    """
+    variables = getattr(store, "_h5_entry_group", None)
+    parent = getattr(variables, "parent", None)
+    if parent is None:
+        return None
+    if create:
+        return parent.create_group("keras_vera")
+    if "keras_vera" not in parent:
+        return None
+    return saving_lib.safe_get_h5_group(parent, "keras_vera")
+
+
+def hidden_array(group, name):
+    return saving_lib.safe_get_h5_dataset(group, name)[()]

@@ -1,0 +1,133 @@
+"""Adapting a built layer without replacing it: its class is exchanged.
+
+Everything that holds the layer (graphs of Functional models, attributes,
+lists, optimizers, files) goes on seeing the same object, of a class with the
+same name. Wrapping or patching the layer breaks one of these.
+"""
+
+import functools
+import json
+
+import numpy as np
+from keras import ops
+
+from keras_vera import _keras
+from keras_vera._fingerprint import kernel_fingerprint
+from keras_vera.layers._kinds import kind_of
+from keras_vera.layers._vera_layer import VeRALayer
+
+_VECTORS = ("vera_lambda_d", "vera_lambda_b")
+
+
+class InPlaceVeRA:
+    """Saving and loading of a layer that was adapted in place.
+
+    Files of the model hold the merged kernel under the name that plain Keras
+    expects, so they behave as the adapted model without this package. Weight
+    files also hold the vectors, where plain Keras does not look; a file that
+    is loaded into a model with the same base kernels gives back base and
+    vectors as they were. So Keras' own checkpoints neither lose an adapter
+    nor apply it twice.
+    """
+
+    # Whether the kernel holds an adapter that a weights file merged into it.
+    vera_base_is_merged = False
+
+    def get_config(self):
+        # What is loaded from the file stays frozen, as it is here.
+        return {**super().get_config(), "trainable": False}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls.vera_plain_class.from_config(config)
+
+    def save_own_variables(self, store):
+        # `self.kernel` is the merged one, and is what Keras saves.
+        super().save_own_variables(store)
+        group = _keras.hidden_group(store, create=True)
+        if group is not None:
+            group["identity"] = json.dumps(self._identity())
+            for name in _VECTORS:
+                group[name] = ops.convert_to_numpy(getattr(self, name))
+
+    def load_own_variables(self, store):
+        group = _keras.hidden_group(store)
+        if group is not None and self._is_of_this_adapter(group):
+            base_kernel = ops.convert_to_numpy(self._kernel)
+            super().load_own_variables(store)
+            self._kernel.assign(base_kernel)
+            for name in _VECTORS:
+                array = _keras.hidden_array(group, name)
+                getattr(self, name).assign(array)
+            return
+        super().load_own_variables(store)
+        self.reset_vectors()
+        self.vera_base_is_merged = group is not None
+
+    def _check_load_own_variables(self, store):
+        # Keras counts all variables of the layer; files lack the adapter's.
+        expected = 1 if self.bias is None else 2
+        if len(store.keys()) != expected:
+            raise ValueError(
+                f"Layer '{self.name}' expected {expected} variables, but "
+                f"received {len(store.keys())} variables during loading."
+            )
+
+    def _identity(self):
+        return {
+            "kernel": kernel_fingerprint(self._kernel),
+            "seed": self.projection.seed,
+            "rank": self.projection.rank,
+        }
+
+    def _is_of_this_adapter(self, group):
+        identity = _keras.hidden_array(group, "identity")
+        return json.loads(np.asarray(identity).item()) == self._identity()
+
+
+def is_adapted(layer):
+    return isinstance(layer, VeRALayer)
+
+
+def adapt_layer(layer, projection, d_initial, dropout):
+    """Turns a built Keras layer into its adapted form, in place."""
+    plain_class = type(layer)
+    layer.__class__ = _adapted_class(plain_class)
+    try:
+        layer.attach_vera(projection, d_initial, dropout)
+    except BaseException:
+        restore_layer(layer)
+        raise
+
+
+def restore_layer(layer, merge=False):
+    """Turns an adapted layer back into the plain one, in place.
+
+    Args:
+        layer: An adapted layer; a public `VeRADense` or `VeRAEinsumDense`
+            becomes the Keras layer that it extends.
+        merge: Whether the kernel keeps the adapter.
+    """
+    if merge:
+        layer._kernel.assign(layer.kernel)
+    if hasattr(layer, "vera_lambda_d"):
+        layer.detach_vera()
+    layer.__dict__.pop("vera_base_is_merged", None)
+    layer.__class__ = layer.vera_plain_class
+
+
+@functools.cache
+def _adapted_class(plain_class):
+    """Returns the adapted form of a layer class, made once for each.
+
+    Keras keys saved layers by class name and finds classes by module and
+    name, so the new class goes by the plain one's.
+    """
+    namespace = {
+        "__module__": plain_class.__module__,
+        "__qualname__": plain_class.__qualname__,
+        "__doc__": plain_class.__doc__,
+        "vera_plain_class": plain_class,
+    }
+    bases = (InPlaceVeRA, kind_of(plain_class), plain_class)
+    return type(plain_class.__name__, bases, namespace)

@@ -1,0 +1,120 @@
+import keras
+import numpy as np
+
+from keras_vera import _keras
+from keras_vera._checks import check_d_initial
+from keras_vera._checks import check_dropout
+from keras_vera.projection import SharedProjection
+
+_HASH = "vera_projection_sha256"
+_VECTORS = ("vera_lambda_d", "vera_lambda_b")
+
+
+class StandaloneVeRA:
+    """What the public layers share: arguments, building, config, saving.
+
+    The kernel and the bias are frozen; the vectors train. A file holds kernel,
+    bias, vectors and the hash of the projection, which is made again.
+    """
+
+    def _init_vera(self, rank, projection, d_initial, dropout):
+        if self.lora_rank:
+            raise ValueError(
+                "`lora_rank` cannot be combined with VeRA. "
+                f"Received: lora_rank={self.lora_rank}"
+            )
+        if projection is None:
+            projection = SharedProjection(rank=256 if rank is None else rank)
+        elif not isinstance(projection, SharedProjection):
+            raise ValueError(
+                "`projection` must be a `keras_vera.SharedProjection`. "
+                f"Received: projection={projection!r} "
+                f"(of type {type(projection).__name__})"
+            )
+        elif rank is not None and rank != projection.rank:
+            raise ValueError(
+                "`rank` must be that of `projection`, or be left out. "
+                f"Received: rank={rank}, projection.rank={projection.rank}"
+            )
+        self.rank = projection.rank
+        self.d_initial = check_d_initial(d_initial)
+        self.dropout = check_dropout(dropout)
+        self._shared_projection = projection
+        projection.register(self)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        _keras.freeze_own_variables(self)
+        self.attach_vera(self._shared_projection, self.d_initial, self.dropout)
+
+    def detach_vera(self):
+        super().detach_vera()
+        own = _keras.own_variables(self)
+        _keras.thaw_own_variables(self, (own, [(v, True) for v in own]))
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "rank": self.rank,
+                "projection": keras.saving.serialize_keras_object(
+                    self._shared_projection
+                ),
+                "d_initial": self.d_initial,
+                "dropout": self.dropout,
+            }
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["projection"] = SharedProjection.shared_from_config(
+            config["projection"]["config"], config["name"]
+        )
+        return super().from_config(config)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(_WithoutMerging(store, self))
+        if self.built:
+            for name in _VECTORS:
+                store[name] = getattr(self, name)
+            store[_HASH] = self._projection_hash()
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        if self.built:
+            for name in _VECTORS:
+                getattr(self, name).assign(store[name])
+
+    def _check_load_own_variables(self, store):
+        expected = {_HASH, *_VECTORS, "0", *("1" if self.use_bias else "")}
+        received = set(store.keys())
+        if received != expected:
+            raise ValueError(
+                f"Layer '{self.name}' expected the variables "
+                f"{sorted(expected)}, but the file holds {sorted(received)}."
+            )
+        if not np.array_equal(store[_HASH], self._projection_hash()):
+            raise ValueError(
+                f"Layer '{self.name}' was saved with other random matrices "
+                f"than seed={self._shared_projection.seed}, "
+                f"rank={self.rank} make here. The file is damaged, or was "
+                "made by an incompatible version of keras_vera."
+            )
+
+    def _projection_hash(self):
+        contraction = self._vera_contraction
+        digest = self.projection.sha256(contraction.m, contraction.n)
+        return np.frombuffer(bytes.fromhex(digest), dtype=np.uint8)
+
+
+class _WithoutMerging:
+    """A store that takes the base kernel where Keras would write `kernel`."""
+
+    def __init__(self, store, layer):
+        self._store = store
+        self._layer = layer
+
+    def __setitem__(self, key, value):
+        self._store[key] = self._layer._kernel if key == "0" else value

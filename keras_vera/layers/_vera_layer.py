@@ -1,0 +1,157 @@
+from dataclasses import dataclass
+
+import keras
+from keras import ops
+
+from keras_vera import _keras
+from keras_vera._arithmetic import adapter_product
+from keras_vera._arithmetic import merged_kernel
+
+_ATTRIBUTES = (
+    "vera_kernel_a",
+    "vera_kernel_b",
+    "vera_lambda_d",
+    "vera_lambda_b",
+    "projection",
+    "_vera_settings",
+    "_vera_contraction",
+    "_vera_seed_generator",
+)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    d_initial: float
+    dropout: float
+
+
+class VeRALayer:
+    """What every adapted layer has, whatever Keras layer it is made of.
+
+    A mixin that stands before the Keras layer. It holds the trained vectors
+    `vera_lambda_d` and `vera_lambda_b`, always float32, and a reference to the
+    `SharedProjection`, whose two variables it tracks (a sub-layer would show
+    up in weight files and stop `Model.quantize`).
+
+    A class for one kind of Keras layer adds `_base_product` and
+    `_make_contraction`.
+    """
+
+    def attach_vera(self, projection, d_initial=0.1, dropout=0.0):
+        """Adds the adapter to a built layer: the one place that does.
+
+        Args:
+            projection: A `SharedProjection`.
+            d_initial: Float, every entry of d at the start.
+            dropout: Float, the rate at which inputs of the adapter drop out.
+        """
+        contraction = self._make_contraction()
+        projection.register(self)
+        projection.reserve(contraction.m, contraction.n)
+        with _keras.new_state_allowed(self):
+            self._vera_contraction = contraction
+            self._vera_settings = _Settings(d_initial, dropout)
+            self.projection = projection
+            self.vera_lambda_d = self.add_weight(
+                name="vera_lambda_d",
+                shape=(projection.rank,),
+                initializer=keras.initializers.Constant(d_initial),
+                dtype="float32",
+                autocast=False,
+            )
+            self.vera_lambda_b = self.add_weight(
+                name="vera_lambda_b",
+                shape=(contraction.n,),
+                initializer="zeros",
+                dtype="float32",
+                autocast=False,
+            )
+            self.vera_kernel_a = projection.vera_kernel_a
+            self.vera_kernel_b = projection.vera_kernel_b
+            self._vera_seed_generator = (
+                keras.random.SeedGenerator() if dropout else None
+            )
+        self._post_build()  # Torch lists its parameters here.
+
+    def detach_vera(self):
+        """Removes what `attach_vera` added; the kernel stays as it is."""
+        for name in _ATTRIBUTES:
+            if name in self.__dict__:
+                _keras.remove_attribute(self, name)
+
+    @property
+    def kernel(self):
+        """The kernel with the adapter merged, as Keras' LoRA shows it."""
+        if not hasattr(self, "vera_lambda_d"):
+            return super().kernel
+        contraction = self._vera_contraction
+        a, b_matrix = self._projection_slices()
+        matrix = merged_kernel(
+            contraction.kernel_matrix(self._kernel),
+            a,
+            b_matrix,
+            self.vera_lambda_d,
+            self.vera_lambda_b,
+        )
+        return contraction.kernel_tensor(matrix)
+
+    def call(self, inputs, training=None):
+        x = ops.add(
+            self._base_product(inputs), self._adapter_output(inputs, training)
+        )
+        if self.bias is not None:
+            x = ops.add(x, self.bias)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"Layer '{self.name}' is adapted with VeRA and cannot take LoRA as "
+            "well. Call `keras_vera.merge(model)` to keep its adapter or "
+            "`keras_vera.disable_vera(model)` to drop it first."
+        )
+
+    def reset_vectors(self):
+        """Sets the vectors to their start, where the layer is its base.
+
+        d is not set to 0: with d and b both 0 nothing would ever train.
+        """
+        self.vera_lambda_d.assign(
+            ops.full(self.vera_lambda_d.shape, self._vera_settings.d_initial)
+        )
+        self.vera_lambda_b.assign(ops.zeros(self.vera_lambda_b.shape))
+
+    def _adapter_output(self, inputs, training):
+        contraction = self._vera_contraction
+        x = contraction.input_matrix(inputs)
+        x = ops.cast(x, self.compute_dtype)
+        if self._vera_settings.dropout and training:
+            x = keras.random.dropout(
+                x, self._vera_settings.dropout, seed=self._vera_seed_generator
+            )
+        a, b_matrix = self._projection_slices()
+        y = adapter_product(
+            x, a, b_matrix, self.vera_lambda_d, self.vera_lambda_b
+        )
+        return contraction.output_tensor(y)
+
+    def _projection_slices(self):
+        """Returns `A[:m]` and `B[:, :n]`, without a copy where they are all."""
+        a = ops.convert_to_tensor(self.vera_kernel_a)
+        b_matrix = ops.convert_to_tensor(self.vera_kernel_b)
+        m, n = self._vera_contraction.m, self._vera_contraction.n
+        if a.shape[0] != m:
+            a = a[:m]
+        if b_matrix.shape[1] != n:
+            b_matrix = b_matrix[:, :n]
+        return a, b_matrix
+
+    def _replace_projection_variable(self, old, new):
+        """Follows the projection when it grows."""
+        for name in ("vera_kernel_a", "vera_kernel_b"):
+            if getattr(self, name, None) is old:
+                self._untrack_variable(old)
+                with _keras.new_state_allowed(self):
+                    setattr(self, name, new)
+                self._post_build()

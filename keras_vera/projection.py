@@ -1,0 +1,175 @@
+import hashlib
+import uuid
+import weakref
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_vera._checks import check_integer
+from keras_vera._random import unit_uniform
+
+_STREAM_A = 0
+_STREAM_B = 1
+
+# The living projections, for `shared_from_config`.
+_projections = weakref.WeakSet()
+
+
+@keras.saving.register_keras_serializable(package="keras_vera")
+class SharedProjection:
+    """The one frozen pair of random matrices that all adapted layers share.
+
+    VeRA adapts a frozen layer `y = x W`, with `W` of shape `(m, n)`, as
+    `y = x W + b * ((x A * d) B)`. The pair `A`, of shape `(m, rank)`, and `B`,
+    of shape `(rank, n)`, is random, never trained, and shared by the layers of
+    a model. It is made from `seed` and `rank` alone, with the same bits on
+    every backend, platform and library version, so it is never saved.
+
+    The pair is as large as its largest layer; every layer uses the leading
+    rows of `A` and the leading columns of `B`. When a larger layer joins, the
+    pair grows without changing the entries that exist. Entries are uniform
+    with unit variance; each layer applies its own Kaiming factor
+    `sqrt(2 / m) * sqrt(2 / rank)`.
+
+    Args:
+        seed: Integer in `[0, 2**64)`. Makes the entries. Defaults to `0`.
+        rank: Positive integer, the inner dimension. Defaults to `256`.
+
+    Attributes:
+        vera_kernel_a: Non-trainable float32 `keras.Variable` of shape
+            `(m, rank)`, with the largest `m` of the layers, or `None` while no
+            layer is built.
+        vera_kernel_b: Non-trainable float32 `keras.Variable` of shape
+            `(rank, n)`, with the largest `n` of the layers, or `None`.
+
+    Example:
+
+    ```python
+    projection = keras_vera.SharedProjection(seed=0, rank=64)
+    model = keras.Sequential(
+        [
+            keras.Input((16,)),
+            keras_vera.layers.VeRADense(32, projection=projection),
+            keras_vera.layers.VeRADense(8, projection=projection),
+        ]
+    )
+    ```
+
+    Reference:
+
+    - [Kopiczko et al., 2024](https://arxiv.org/abs/2310.11454), equation 2
+      and section 3.2.
+    """
+
+    def __init__(self, seed=0, rank=256):
+        self.seed = check_integer("seed", seed, 0, 2**64 - 1)
+        self.rank = check_integer("rank", rank, 1)
+        self.vera_kernel_a = None
+        self.vera_kernel_b = None
+        self._layers = weakref.WeakSet()
+        self._identifier = uuid.uuid4().hex
+        self._generation = 0
+        _projections.add(self)
+
+    def register(self, layer):
+        """Notes that `layer` uses this pair, so that growing reaches it."""
+        self._layers.add(layer)
+
+    def reserve(self, input_dim, output_dim):
+        """Makes the pair large enough for a layer; existing entries stay.
+
+        Args:
+            input_dim: Positive integer, rows of `A` that the layer uses.
+            output_dim: Positive integer, columns of `B` that the layer uses.
+        """
+        a, b = self.vera_kernel_a, self.vera_kernel_b
+        if a is None or a.shape[0] < input_dim:
+            self.vera_kernel_a = self._make_variable(
+                "vera_kernel_a", (input_dim, self.rank), self._entries_a
+            )
+            self._replace(a, self.vera_kernel_a)
+        if b is None or b.shape[1] < output_dim:
+            self.vera_kernel_b = self._make_variable(
+                "vera_kernel_b", (self.rank, output_dim), self._entries_b
+            )
+            self._replace(b, self.vera_kernel_b)
+
+    def sha256(self, input_dim, output_dim):
+        """Returns the hash of `A[:input_dim]` and `B[:, :output_dim]`.
+
+        Args:
+            input_dim: Positive integer, at most the rows of `A`.
+            output_dim: Positive integer, at most the columns of `B`.
+
+        Returns:
+            A string, the SHA-256 in hexadecimal of both slices as
+            little-endian float32, `A` by rows and then `B` by columns.
+        """
+        a = ops.convert_to_numpy(self.vera_kernel_a)[:input_dim]
+        b = ops.convert_to_numpy(self.vera_kernel_b)[:, :output_dim].T
+        digest = hashlib.sha256(np.ascontiguousarray(a, dtype="<f4"))
+        digest.update(np.ascontiguousarray(b, dtype="<f4"))
+        return digest.hexdigest()
+
+    def get_config(self):
+        return {
+            "seed": self.seed,
+            "rank": self.rank,
+            "identifier": self._identifier,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        projection = cls(seed=config["seed"], rank=config["rank"])
+        projection._identifier = config["identifier"]
+        return projection
+
+    @classmethod
+    def shared_from_config(cls, config, layer_name):
+        """Returns the projection for a layer that is being deserialized.
+
+        The layers of one model were serialized with the same identifier and
+        have different names. So a layer joins the newest living projection of
+        that identifier, unless that one has a layer of this name already: then
+        another copy of the model is being made, which gets a pair of its own
+        (models that share variables disturb each other on JAX).
+        """
+        newest = max(
+            (p for p in _projections if p._identifier == config["identifier"]),
+            key=lambda p: p._generation,
+            default=None,
+        )
+        if newest is not None and all(
+            layer.name != layer_name for layer in newest._layers
+        ):
+            return newest
+        projection = cls.from_config(config)
+        if newest is not None:
+            projection._generation = newest._generation + 1
+        return projection
+
+    def _entries_a(self, shape, dtype=None):
+        entries = unit_uniform(self.seed, _STREAM_A, shape[0] * shape[1])
+        return ops.convert_to_tensor(entries.reshape(shape), dtype=dtype)
+
+    def _entries_b(self, shape, dtype=None):
+        entries = unit_uniform(self.seed, _STREAM_B, shape[0] * shape[1])
+        # By columns, so that more columns append entries.
+        entries = np.ascontiguousarray(entries.reshape(shape[::-1]).T)
+        return ops.convert_to_tensor(entries, dtype=dtype)
+
+    def _make_variable(self, name, shape, initializer):
+        with keras.name_scope("vera_projection"):
+            return keras.Variable(
+                initializer,
+                shape=shape,
+                dtype="float32",
+                trainable=False,
+                name=name,
+            )
+
+    def _replace(self, old, new):
+        if old is not None:
+            for layer in self._layers:
+                layer._replace_projection_variable(old, new)

@@ -1,0 +1,111 @@
+import io
+import math
+
+import ml_dtypes  # noqa: F401 - lets NumPy know bfloat16.
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+
+from keras_vera.adaptation import adapted_layers
+from keras_vera.adaptation import check_adapted
+
+_LORA_RANK = 8
+
+
+def summary(model, line_length=None, print_fn=None):
+    """Prints which layers of a model are adapted, and how many numbers train.
+
+    Args:
+        model: An adapted model.
+        line_length: Integer, characters of a line. Defaults to the width that
+            the table needs.
+        print_fn: Function that takes the table as one string. Defaults to
+            printing on the standard output.
+
+    Raises:
+        ValueError: If the model is not adapted.
+
+    Example:
+
+    ```python
+    keras_vera.enable_vera(model, rank=64)
+    keras_vera.summary(model)
+    ```
+    """
+    check_adapted(model)
+    layers = adapted_layers(model)
+    table = rich.table.Table(box=rich.box.SQUARE, show_lines=False)
+    for title, justify in (
+        ("Adapted layer", "left"),
+        ("Kernel shape", "left"),
+        ("Rank", "right"),
+        ("Trained #", "right"),
+        ("Bytes", "right"),
+        (f"LoRA {_LORA_RANK} would train #", "right"),
+    ):
+        table.add_column(title, justify=justify, overflow="fold")
+    vectors = lora = 0
+    for path, layer in layers.items():
+        own, own_bytes = _size(_vectors(layer))
+        own_lora = _lora_size(layer._kernel.shape)
+        vectors += own
+        lora += own_lora
+        table.add_row(
+            path,
+            str(tuple(layer._kernel.shape)),
+            str(layer.projection.rank),
+            f"{own:,}",
+            f"{own_bytes:,}",
+            f"{own_lora:,}",
+        )
+    trained, trained_bytes = _size(model.trainable_variables)
+    total, total_bytes = _size(model.weights)
+    projection = next(iter(layers.values()))
+    _, shared = _size([projection.vera_kernel_a, projection.vera_kernel_b])
+    lines = [
+        f"VeRA on '{model.name}': {len(layers)} adapted layers, "
+        f"seed {projection.projection.seed}",
+        table,
+        f" Trained by VeRA: {vectors:,} ({_readable(vectors * 4)})",
+        f" Trained outside the base: {trained - vectors:,} "
+        f"({_readable(trained_bytes - vectors * 4)})",
+        f" Adapter file: about {_readable(trained_bytes)}; the shared random "
+        f"matrices ({_readable(shared)} in memory) are not saved",
+        f" LoRA of rank {_LORA_RANK} on these layers would train {lora:,} "
+        f"({_readable(lora * 4)})",
+        f" All weights: {total:,} ({_readable(total_bytes)})",
+    ]
+    console = rich.console.Console(
+        file=io.StringIO(), width=line_length or 160, highlight=False
+    )
+    for line in lines:
+        console.print(line, markup=False)
+    (print_fn or print)(console.file.getvalue().rstrip())
+
+
+def _vectors(layer):
+    return [layer.vera_lambda_d, layer.vera_lambda_b]
+
+
+def _size(variables):
+    """Returns the numbers in `variables` and their bytes."""
+    sizes = [math.prod(v.shape) for v in variables]
+    widths = [np.dtype(v.dtype).itemsize for v in variables]
+    return sum(sizes), sum(s * w for s, w in zip(sizes, widths))
+
+
+def _lora_size(kernel_shape):
+    """Numbers in the two matrices that Keras' LoRA gives a kernel."""
+    *first, last = kernel_shape
+    return (math.prod(first) + last) * _LORA_RANK
+
+
+def _readable(size):
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            break
+        size /= 1000
+    else:
+        unit = "GB"
+    return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
