@@ -279,23 +279,24 @@ def check_model(model):
 
 def check_layer(layer, path):
     """Raises unless `layer`, a target, can be adapted."""
-    if kind_of(type(layer)) is None:
+    what = f"The layer '{layer.name}' at '{path}'"
+    kind = kind_of(type(layer))
+    if kind is None:
         raise ValueError(
-            f"The layer at '{path}' is a {type(layer).__name__}, which VeRA "
-            "cannot adapt."
+            f"{what} is a {type(layer).__name__}, which VeRA cannot adapt."
         )
     if not layer.built:
         raise ValueError(
-            f"The layer at '{path}' is not built. Call the model on a batch "
-            "of data first, or leave this layer out of `targets`."
+            f"{what} is not built. Call the model on a batch of data first, "
+            "or leave this layer out of `targets`."
         )
     if layer.quantization_mode is not None:
         raise ValueError(
-            f"The layer at '{path}' is quantized "
-            f"('{layer.quantization_mode}'), which VeRA does not support yet. "
-            "Enable VeRA on the model before quantization."
+            f"{what} is quantized ('{layer.quantization_mode}'), which VeRA "
+            "does not support yet. Enable VeRA on the model before "
+            "quantization."
         )
-    kind_of(type(layer))._make_contraction(layer)
+    kind._make_contraction(layer)
 
 
 def find_bases(model):

@@ -18,7 +18,7 @@ from keras_vera.layers._kinds import kind_of
 from keras_vera.projection import SharedProjection
 
 EXTENSION = ".vera.safetensors"
-_FORMAT = "keras_vera.adapter"
+_HEADER = "keras_vera"
 _FORMAT_VERSION = 1
 _HEADER_KEYS = (
     "rank",
@@ -199,7 +199,6 @@ def _make_header(model, adapted):
     projection = layers[0].projection
     targets = None if record is None else record.targets
     header = {
-        "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "rank": projection.rank,
         "seed": projection.seed,
@@ -223,7 +222,8 @@ def _make_header(model, adapted):
         "keras_vera_version": metadata.version("keras_vera"),
         "keras_version": keras.version(),
     }
-    return {key: json.dumps(value) for key, value in header.items()}
+    # One entry: safetensors writes several in an order that varies.
+    return {_HEADER: json.dumps(header)}
 
 
 def _as_array(variable):
@@ -261,13 +261,13 @@ def _read(filepath):
             f"'{filepath}' is not an adapter file, or is damaged: {error}"
         ) from None
     try:
-        header = {key: json.loads(value) for key, value in raw.items()}
-    except ValueError:
-        header = {}
-    if header.get("format") != _FORMAT:
+        header = json.loads(raw[_HEADER])
+    except (KeyError, ValueError):
+        header = None
+    if not isinstance(header, dict):
         raise AdapterFileError(
-            f"'{filepath}' is not an adapter file of keras_vera: its header "
-            f"says format={raw.get('format')}, not {_FORMAT!r}."
+            f"'{filepath}' is not an adapter file of keras_vera: its metadata "
+            f"has no JSON object named '{_HEADER}'."
         )
     if header.get("format_version") != _FORMAT_VERSION:
         raise AdapterFileError(

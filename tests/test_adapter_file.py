@@ -1,0 +1,401 @@
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import keras
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from helpers import adapted
+from helpers import largest_difference
+from helpers import predict
+from helpers import spoil
+from helpers import state
+from keras import ops
+
+import keras_vera
+from keras_vera import AdapterFileError
+
+
+class Classifier(keras.Model):
+    """A backbone with biases everywhere, and a head with state."""
+
+    def __init__(self, classes=3, units=6):
+        super().__init__()
+        inputs = keras.Input((5, 8))
+        x = keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)
+        x = keras.layers.LayerNormalization()(x)
+        x = keras.layers.Dense(units, activation="relu", name="hidden")(x)
+        x = keras.layers.GlobalAveragePooling1D()(x)
+        self.backbone = keras.Model(inputs, x)
+        self.norm = keras.layers.BatchNormalization(momentum=0.5)
+        self.head = keras.layers.Dense(classes)
+
+    def call(self, x, training=None):
+        x = self.backbone(x)
+        return self.head(self.norm(x, training=training))
+
+
+def make_model(seed=0, **kwargs):
+    """Builds the model; the backbone's weights are the same on any backend."""
+    model = Classifier(**kwargs)
+    model(np.zeros((2, 5, 8), "float32"))
+    rng = np.random.default_rng(seed)
+    for weight in model.backbone.weights:
+        weight.assign(rng.normal(0, 0.4, weight.shape).astype("float32"))
+    return model
+
+
+def make_trained(x, **kwargs):
+    model = make_model()
+    kwargs = {"rank": 4, "targets": "all-linear", **kwargs}
+    keras_vera.enable_vera(model, **kwargs)
+    model.compile(keras_vera.vera_optimizer(), "mse")
+    y = np.random.default_rng(3).normal(size=(len(x), 3))
+    model.fit(x, y, epochs=3, batch_size=4, verbose=0)
+    return model
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(12, 5, 8)).astype("float32")
+
+
+@pytest.fixture
+def trained(x):
+    return make_trained(x)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "task.vera.safetensors"
+
+
+def read(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["keras_vera"])
+        return header, {k: file.get_tensor(k) for k in file.keys()}
+
+
+def write(path, header, tensors):
+    metadata = {"keras_vera": json.dumps(header)}
+    path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
+
+
+def test_trained_set_is_saved_set(trained, path):
+    keras_vera.save_adapter(trained, path)
+    _, tensors = read(path)
+    arrays = [ops.convert_to_numpy(v) for v in trained.trainable_variables]
+    saved = sorted(t.tobytes() for t in tensors.values())
+    statistics = [
+        ops.convert_to_numpy(trained.norm.moving_mean),
+        ops.convert_to_numpy(trained.norm.moving_variance),
+    ]
+    assert saved == sorted(a.tobytes() for a in arrays + statistics)
+    # 5 adapted layers, gamma and beta, kernel and bias of the head.
+    assert len(arrays) == 5 * 2 + 4
+
+
+def test_reload_into_fresh_model_is_exact(trained, path, x):
+    keras_vera.save_adapter(trained, path)
+    fresh = make_model()
+    fresh.head.kernel.assign(ops.ones(fresh.head.kernel.shape))
+    assert largest_difference(predict(fresh, x), predict(trained, x)) > 1e-2
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, x), predict(trained, x))
+    paths = [v.path.split("/")[-1] for v in fresh.trainable_variables]
+    assert paths == [v.path.split("/")[-1] for v in trained.trainable_variables]
+
+
+def test_reload_into_adapted_model(trained, path, x):
+    expected = predict(trained, x)
+    keras_vera.save_adapter(trained, path)
+    compiled = trained.predict_function
+    spoil(trained)
+    keras_vera.load_adapter(trained, path)
+    np.testing.assert_array_equal(predict(trained, x), expected)
+    # Switching adapters is assigning vectors: nothing is compiled again.
+    assert trained.predict_function is compiled
+
+
+def test_loaded_model_saves_the_same_file(trained, path, tmp_path):
+    keras_vera.save_adapter(trained, path)
+    fresh = make_model()
+    keras_vera.load_adapter(fresh, path)
+    again = tmp_path / "again.vera.safetensors"
+    keras_vera.save_adapter(fresh, again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_settings_come_from_the_file(x, path):
+    model = make_trained(
+        x, rank=5, seed=77, d_initial=0.2, dropout=0.25, targets=["hidden"]
+    )
+    keras_vera.save_adapter(model, path)
+    fresh = make_model()
+    keras_vera.load_adapter(fresh, path)
+    (layer,) = adapted(fresh)
+    assert layer.name == "hidden"
+    assert (layer.projection.rank, layer.projection.seed) == (5, 77)
+    assert layer._vera_settings == adapted(model)[0]._vera_settings
+    assert layer._vera_settings.dropout == 0.25
+
+
+def test_header_is_readable(trained, path):
+    keras_vera.save_adapter(trained, path)
+    header, _ = read(path)
+    assert header["format_version"] == 1
+    assert (header["rank"], header["seed"]) == (4, 0)
+    assert header["targets"] == "all-linear"
+    assert header["bases"] == ["backbone"]
+    hidden = header["layers"]["backbone/layers/dense"]
+    assert hidden["kernel_shape"] == [8, 6]
+    assert header["keras_version"] == keras.version()
+    assert header["keras_vera_version"] == keras_vera.__version__
+    assert len(header["projection"]["sha256"]) == 64
+
+
+def test_file_is_small(trained, path):
+    keras_vera.save_adapter(trained, path)
+    _, tensors = read(path)
+    content = sum(t.nbytes for t in tensors.values())
+    assert path.stat().st_size < content + 4096 + 100 * len(tensors)
+
+
+def test_backbone_adapter_and_inner_base(x, path):
+    backbone = make_model().backbone
+    keras_vera.enable_vera(backbone, rank=4)
+    spoil(backbone)
+    keras_vera.save_adapter(backbone, path)
+    fresh = make_model().backbone
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, x), predict(backbone, x))
+
+
+def test_standalone_layers_load_into_the_same_structure(x, path):
+    def make():
+        keras.utils.set_random_seed(4)
+        projection = keras_vera.SharedProjection(seed=3, rank=4)
+        return keras.Sequential(
+            [
+                keras.Input((5, 8)),
+                keras_vera.layers.VeRADense(6, projection=projection),
+                keras.layers.BatchNormalization(),
+                keras_vera.layers.VeRADense(3, projection=projection),
+            ]
+        )
+
+    model = make()
+    spoil(model)
+    model.layers[1].gamma.assign(np.arange(6, dtype="float32"))
+    keras_vera.save_adapter(model, path)
+    fresh = make()
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
+
+
+@pytest.mark.parametrize("other", ["jax", "tensorflow", "torch"])
+def test_other_backends_give_the_same_outputs(
+    trained, path, x, tmp_path, other
+):
+    if find_spec(other) is None:
+        pytest.skip(f"{other} is not installed.")
+    keras_vera.save_adapter(trained, path)
+    np.save(tmp_path / "x.npy", x)
+    script = textwrap.dedent(
+        """
+        import numpy as np
+        import keras_vera
+        from test_adapter_file import make_model
+        model = make_model()
+        keras_vera.load_adapter(model, "task.vera.safetensors")
+        np.save("y.npy", model.predict(np.load("x.npy"), verbose=0))
+        """
+    )
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": other,
+        "PYTHONPATH": os.path.dirname(__file__),
+    }
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+    y = np.load(tmp_path / "y.npy")
+    assert largest_difference(y, predict(trained, x)) < 1e-5
+    assert largest_difference(y, predict(make_model(), x)) > 1e-2
+
+
+def test_another_base_is_refused(trained, path):
+    keras_vera.save_adapter(trained, path)
+    for other, message in (
+        (make_model(seed=1), "another base: the kernels of .*backbone/layers"),
+        (make_model(units=7), "another base: .*backbone/layers/dense' has a"),
+        (make_model(classes=4), "'head/kernel' has shape \\(6, 3\\), not"),
+        (make_model().backbone, "another base: the model has no layers"),
+    ):
+        before = state(other)
+        with pytest.raises(AdapterFileError, match=message):
+            keras_vera.load_adapter(other, path)
+        assert state(other) == before
+
+
+def test_adapter_of_other_settings_is_refused(trained, path, x):
+    keras_vera.save_adapter(trained, path)
+    for kwargs, message in (
+        ({"rank": 5}, "has rank=4 and seed=0, but .* rank=5 and seed=0"),
+        ({"seed": 1}, "has rank=4 and seed=0, but .* rank=4 and seed=1"),
+        ({"targets": "hidden"}, "the model has not: .*query_dense"),
+    ):
+        other = make_model()
+        kwargs = {"rank": 4, "targets": "all-linear", **kwargs}
+        keras_vera.enable_vera(other, **kwargs)
+        before = state(other)
+        with pytest.raises(AdapterFileError, match=message):
+            keras_vera.load_adapter(other, path)
+        assert state(other) == before
+
+
+def change_hash(header, tensors):
+    header["projection"]["sha256"] = "0" * 64
+
+
+def drop_vector(header, tensors):
+    del tensors["backbone/layers/dense/vera_lambda_b"]
+
+
+def add_entry(header, tensors):
+    tensors["backbone/layers/dense/bias"] = np.zeros(6, "float32")
+
+
+def reshape_vector(header, tensors):
+    tensors["backbone/layers/dense/vera_lambda_b"] = np.zeros((6, 1), "float32")
+
+
+def drop_head(header, tensors):
+    del tensors["head/kernel"]
+
+
+def drop_key(header, tensors):
+    del header["layers"]
+
+
+def raise_version(header, tensors):
+    header["format_version"] = 2
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (change_hash, "other random matrices than seed=0, rank=4"),
+        (drop_vector, "the file has not: .*dense/vera_lambda_b"),
+        (add_entry, "the model has not: .*dense/bias"),
+        (reshape_vector, "vera_lambda_b' has shape \\(6, 1\\), not \\(6,\\)"),
+        (drop_head, "the file has not: .*head/kernel"),
+        (drop_key, "lacks .*'layers'"),
+        (raise_version, "format version 2"),
+    ],
+)
+@pytest.mark.parametrize("into", ["fresh", "adapted"])
+def test_changed_files_are_refused(trained, path, damage, message, into):
+    keras_vera.save_adapter(trained, path)
+    header, tensors = read(path)
+    damage(header, tensors)
+    write(path, header, tensors)
+    model = make_model() if into == "fresh" else trained
+    before = state(model)
+    with pytest.raises(AdapterFileError, match=message):
+        keras_vera.load_adapter(model, path)
+    assert state(model) == before
+
+
+def test_damaged_files_are_refused(trained, path, tmp_path):
+    keras_vera.save_adapter(trained, path)
+    content = path.read_bytes()
+    for damaged in (b"", b"\x89HDF\r\n\x1a\n", content[:100], content[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(AdapterFileError, match="is damaged"):
+            keras_vera.load_adapter(make_model(), path)
+    for metadata in (None, {"format": "pt"}, {"keras_vera": "{"}):
+        path.write_bytes(safetensors.numpy.save({}, metadata=metadata))
+        with pytest.raises(AdapterFileError, match="not an adapter file of"):
+            keras_vera.load_adapter(make_model(), path)
+    with pytest.raises(FileNotFoundError):
+        keras_vera.load_adapter(make_model(), tmp_path / "no.vera.safetensors")
+
+
+def test_failed_save_keeps_the_old_file(trained, path, monkeypatch):
+    keras_vera.save_adapter(trained, path)
+    content = path.read_bytes()
+    spoil(trained)
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        keras_vera.save_adapter(trained, path)
+    assert path.read_bytes() == content
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_file_has_usual_permissions(trained, path):
+    keras_vera.save_adapter(trained, path)
+    other = path.parent / "other"
+    other.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    assert mode == stat.S_IMODE(other.stat().st_mode)
+
+
+def test_bad_calls_are_refused(trained, tmp_path, path):
+    with pytest.raises(ValueError, match="must end in `.vera.safetensors`"):
+        keras_vera.save_adapter(trained, tmp_path / "adapter.h5")
+    with pytest.raises(ValueError, match="must be adapted"):
+        keras_vera.save_adapter(make_model(), path)
+    keras_vera.save_adapter(trained, path)
+    with pytest.raises(ValueError, match="`model` must be a Keras model"):
+        keras_vera.load_adapter("model", path)
+    with pytest.raises(ValueError, match="a part of it"):
+        attention = trained.backbone.layers[1]
+        keras_vera.save_adapter(attention, path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        keras_vera.save_adapter(trained, path)
+
+
+def test_16_bit_base_and_head(path, x):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        model, fresh = make_model(), make_model()
+        keras_vera.enable_vera(model, rank=4)
+        spoil(model)
+        model.head.kernel.assign(ops.ones(model.head.kernel.shape) / 3)
+        keras_vera.save_adapter(model, path)
+        keras_vera.load_adapter(fresh, path)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert fresh.trainable_variables[0].dtype == "float32"
+    y = [
+        ops.convert_to_numpy(ops.cast(m(x), "float32")) for m in (model, fresh)
+    ]
+    np.testing.assert_array_equal(*y)
+
+
+def test_base_of_another_precision_takes_the_adapter(trained, path, x):
+    keras_vera.save_adapter(trained, path)
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        fresh = make_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    keras_vera.load_adapter(fresh, path)
+    y = ops.convert_to_numpy(ops.cast(fresh(x), "float32"))
+    assert largest_difference(y, predict(trained, x)) < 0.2

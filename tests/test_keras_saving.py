@@ -1,0 +1,234 @@
+"""Keras' own files of an adapted model: merged for others, lossless for us."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+from helpers import adapted
+from helpers import largest_difference
+from helpers import numpy_weights
+from helpers import predict
+from helpers import spoil
+
+import keras_vera
+
+
+def make_model(seed=0, units=6, **kwargs):
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((5, 8))
+    x = keras.layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
+    x = keras.layers.LayerNormalization()(x)
+    x = keras.layers.Dense(units, activation="relu", name="hidden", **kwargs)(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+def make_adapted(seed=0, spoiled=1, **kwargs):
+    model = make_model(seed)
+    kwargs = {"rank": 4, "targets": "all-linear", **kwargs}
+    keras_vera.enable_vera(model, **kwargs)
+    if spoiled:
+        spoil(model, spoiled)
+    return model
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(7, 5, 8)).astype("float32")
+
+
+def vectors(model):
+    return [
+        keras.ops.convert_to_numpy(v).copy()
+        for layer in adapted(model)
+        for v in (layer.vera_lambda_d, layer.vera_lambda_b)
+    ]
+
+
+def test_keras_file_loads_as_plain_merged_model(tmp_path, x):
+    model = make_adapted()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert adapted(loaded) == []
+    assert type(loaded.get_layer("hidden")) is keras.layers.Dense
+    assert largest_difference(predict(loaded, x), predict(model, x)) < 1e-5
+    # The adapter shows: the comparison above is not of two base models.
+    assert largest_difference(predict(make_model(), x), predict(model, x)) > 0.1
+
+
+def test_keras_file_loads_without_this_package(tmp_path, x):
+    model = make_adapted()
+    model.compile("adam", "mse")
+    model.fit(x, np.ones((7, 3)), epochs=1, verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", predict(model, x))
+    script = textwrap.dedent(
+        """
+        import sys
+        sys.modules["keras_vera"] = None
+        import keras, numpy as np
+        model = keras.saving.load_model("model.keras")
+        x, y = np.load("x.npy"), np.load("y.npy")
+        assert abs(model.predict(x, verbose=0) - y).max() < 1e-5
+        for layer in model._flatten_layers(include_self=False):
+            assert type(layer).__module__.startswith("keras.src.")
+        for w in model.weights:
+            w.assign(keras.ops.zeros(w.shape))
+        model.load_weights("model.weights.h5")
+        assert abs(model.predict(x, verbose=0) - y).max() < 1e-5
+        """
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+def test_compiled_model_with_as_many_base_variables_loads(tmp_path, rng):
+    # As many vectors as kernels and biases: Keras counts optimizer variables.
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(5), keras.layers.Dense(3)]
+    )
+    keras_vera.enable_vera(model, rank=2, targets="all-linear")
+    model.compile("adam", "mse")
+    x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 3))
+    model.fit(x, y, epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert largest_difference(predict(loaded, x), predict(model, x)) < 1e-5
+
+
+def test_weights_file_gives_back_base_and_vectors(tmp_path, x):
+    model = make_adapted()
+    expected, y = numpy_weights(model), predict(model, x)
+    model.save_weights(tmp_path / "model.weights.h5")
+    spoil(model, 2)
+    model.load_weights(tmp_path / "model.weights.h5")
+    for weight, value in zip(model.weights, expected, strict=True):
+        np.testing.assert_array_equal(weight, value)
+    np.testing.assert_array_equal(predict(model, x), y)
+
+
+def test_sharded_weights_give_back_vectors(tmp_path, x):
+    model = make_adapted()
+    expected = vectors(model)
+    size_gb = 400 / 1024**3  # Several shards, also within a layer.
+    path = tmp_path / "model.weights.json"
+    model.save_weights(path, max_shard_size=size_gb)
+    assert len(list(tmp_path.glob("*.h5"))) > 2
+    spoil(model, 2)
+    model.load_weights(path)
+    for vector, value in zip(vectors(model), expected, strict=True):
+        np.testing.assert_array_equal(vector, value)
+
+
+def test_weights_of_adapted_model_load_into_plain_model(tmp_path, x):
+    model = make_adapted()
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain = make_model(seed=5)
+    plain.load_weights(tmp_path / "model.weights.h5")
+    assert largest_difference(predict(plain, x), predict(model, x)) < 1e-5
+
+
+def test_base_weights_load_into_adapted_model(tmp_path, x):
+    base = make_model(seed=7)
+    base.save_weights(tmp_path / "base.weights.h5")
+    model = make_adapted(seed=0)
+    model.load_weights(tmp_path / "base.weights.h5")
+    np.testing.assert_array_equal(predict(model, x), predict(base, x))
+    # d is not 0, so training goes on from there.
+    for layer in adapted(model):
+        np.testing.assert_array_equal(layer.vera_lambda_d, np.full(4, 0.1, "f"))
+    model.compile("adam", "mse")
+    model.fit(x, np.ones((7, 3)), epochs=1, verbose=0)
+    assert all(np.abs(b).max() > 0 for b in vectors(model)[1::2])
+    keras_vera.save_adapter(model, tmp_path / "a.vera.safetensors")
+    keras_vera.load_adapter(base, tmp_path / "a.vera.safetensors")
+    np.testing.assert_array_equal(predict(model, x), predict(base, x))
+
+
+@pytest.mark.parametrize("other", [{"seed": 3}, {"rank": 5}, {"vera_seed": 1}])
+def test_weights_of_another_adapter_behave_as_the_file(tmp_path, x, other):
+    vera_seed = other.pop("vera_seed", 0)
+    rank = other.pop("rank", 4)
+    model = make_model(**other)
+    keras_vera.enable_vera(
+        model, rank=rank, seed=vera_seed, targets="all-linear"
+    )
+    spoil(model)
+    model.save_weights(tmp_path / "other.weights.h5")
+    mine = make_adapted(spoiled=2)
+    mine.load_weights(tmp_path / "other.weights.h5")
+    assert largest_difference(predict(mine, x), predict(model, x)) < 1e-5
+    # Its kernels hold an adapter now, so an adapter file would not fit.
+    for call in (
+        lambda: keras_vera.save_adapter(mine, tmp_path / "a.vera.safetensors"),
+        lambda: keras_vera.disable_vera(mine),
+    ):
+        with pytest.raises(ValueError, match="hold an adapter that"):
+            call()
+    assert not os.path.exists(tmp_path / "a.vera.safetensors")
+    # The way out that the message names.
+    base = make_model()
+    base.save_weights(tmp_path / "base.weights.h5")
+    mine.load_weights(tmp_path / "base.weights.h5")
+    keras_vera.save_adapter(mine, tmp_path / "a.vera.safetensors")
+
+
+def test_adapter_is_never_applied_twice(tmp_path):
+    model = make_adapted()
+    keras_vera.save_adapter(model, tmp_path / "a.vera.safetensors")
+    model.save(tmp_path / "model.keras")
+    merged = keras.saving.load_model(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="needs no adapter"):
+        keras_vera.load_adapter(merged, tmp_path / "a.vera.safetensors")
+    assert adapted(merged) == []
+
+
+@pytest.mark.parametrize("kernels", ["wrong number", "wrong shape"])
+def test_foreign_weights_are_refused(tmp_path, kernels):
+    if kernels == "wrong number":
+        other = make_model(use_bias=False)
+    else:
+        other = make_model(units=9)
+    other.save_weights(tmp_path / "other.weights.h5")
+    model = make_adapted()
+    with pytest.raises(ValueError):
+        model.load_weights(tmp_path / "other.weights.h5")
+
+
+def test_clone_and_config_are_those_of_the_base(x):
+    model = make_adapted()
+    clone = keras.models.clone_model(model)
+    assert adapted(clone) == []
+    config = model.get_layer("hidden").get_config()
+    plain = make_model().get_layer("hidden").get_config()
+    assert {**config, "trainable": True} == plain
+
+
+def test_bfloat16_kernels_are_merged_in_float32(tmp_path, x):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        model = make_adapted()
+        model.save_weights(tmp_path / "model.weights.h5")
+        plain = make_model()
+        plain.load_weights(tmp_path / "model.weights.h5")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    layer = model.get_layer("hidden")
+    a = np.asarray(layer.vera_kernel_a)[: layer._kernel.shape[0]]
+    b_matrix = np.asarray(layer.vera_kernel_b)[:, : layer._kernel.shape[1]]
+    d, b = np.asarray(layer.vera_lambda_d), np.asarray(layer.vera_lambda_b)
+    factor = np.sqrt(2 / a.shape[0]) * np.sqrt(2 / a.shape[1])
+    delta = (a * d * factor).astype("float64") @ b_matrix * b
+    kernel = keras.ops.convert_to_numpy(
+        keras.ops.cast(layer._kernel, "float32")
+    )
+    saved = plain.get_layer("hidden")._kernel
+    saved = keras.ops.convert_to_numpy(keras.ops.cast(saved, "float32"))
+    # One rounding: half a unit in the last of 8 bits.
+    assert np.all(abs(saved - (kernel + delta)) <= abs(saved) * 2.0**-8 + 1e-6)

@@ -1,0 +1,72 @@
+import inspect
+import subprocess
+import sys
+import textwrap
+
+import keras
+import pytest
+
+import keras_vera
+
+
+def run(script):
+    script = textwrap.dedent(script)
+    return subprocess.check_output([sys.executable, "-c", script], text=True)
+
+
+def test_core_trains_without_kerashub_and_other_backends():
+    backend = keras.backend.backend()
+    absent = {"tensorflow", "torch", "jax"} - {backend}
+    run(
+        f"""
+        import sys
+
+        class Absent:
+            def find_spec(name, path=None, target=None):
+                if name in {sorted(absent)} + ["keras_hub", "tensorflow_text"]:
+                    raise ModuleNotFoundError(name, name=name)
+
+        sys.meta_path.insert(0, Absent)
+        import numpy as np
+        import keras
+        import keras_vera
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        keras_vera.enable_vera(model, rank=2, targets="all-linear")
+        model.compile(keras_vera.vera_optimizer(), "mse")
+        model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0)
+        assert keras.ops.max(keras.ops.abs(model.layers[0].vera_lambda_b)) > 0
+        """
+    )
+
+
+def test_import_is_light():
+    modules = run("import sys, keras_vera; print(*sys.modules)").split()
+    assert "keras_hub" not in modules
+
+
+PUBLIC = [
+    getattr(keras_vera, name)
+    for name in keras_vera.__all__
+    if name not in ("callbacks", "layers")
+] + [
+    keras_vera.layers.VeRADense,
+    keras_vera.layers.VeRAEinsumDense,
+    keras_vera.callbacks.AdapterCheckpoint,
+]
+
+
+@pytest.mark.parametrize("symbol", PUBLIC, ids=lambda s: s.__name__)
+def test_docstrings_name_every_argument(symbol):
+    doc = inspect.getdoc(symbol)
+    if symbol is keras_vera.AdapterFileError:
+        assert doc
+        return
+    assert "Example:\n\n```python\n" in doc
+    for name, parameter in inspect.signature(symbol).parameters.items():
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        assert f"\n    {stars}{name}: " in doc, name
+        default = parameter.default
+        if default is not parameter.empty and default is not None:
+            text = doc.split(f"\n    {name}: ")[1]
+            shown = f'"{default}"' if isinstance(default, str) else default
+            assert f"`{shown}`" in text.split("\n    \n")[0], name
