@@ -4,11 +4,11 @@ from importlib.metadata import version as _version
 
 from keras_vera import callbacks as callbacks
 from keras_vera import layers as layers
+from keras_vera._adapter_format import AdapterFileError as AdapterFileError
 from keras_vera.adaptation import base_model as base_model
 from keras_vera.adaptation import disable_vera as disable_vera
 from keras_vera.adaptation import enable_vera as enable_vera
 from keras_vera.adaptation import merge as merge
-from keras_vera.adapter_file import AdapterFileError as AdapterFileError
 from keras_vera.adapter_file import load_adapter as load_adapter
 from keras_vera.adapter_file import save_adapter as save_adapter
 from keras_vera.optimizers import vera_optimizer as vera_optimizer

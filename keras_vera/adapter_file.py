@@ -1,39 +1,20 @@
-import json
-import os
-import tempfile
 from importlib import metadata
 
 import keras
-import safetensors
-import safetensors.numpy
 from keras import ops
 
+from keras_vera import _adaptation
+from keras_vera import _adapter_format
 from keras_vera import _keras
-from keras_vera import adaptation
+from keras_vera._adapter_format import AdapterFileError
+from keras_vera._adapter_format import check_filepath
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
 from keras_vera.projection import SharedProjection
-
-EXTENSION = ".vera.safetensors"
-_HEADER = "keras_vera"
-_FORMAT_VERSION = 1
-_HEADER_KEYS = (
-    "rank",
-    "seed",
-    "d_initial",
-    "dropout",
-    "targets",
-    "bases",
-    "layers",
-    "projection",
-)
-
-
-class AdapterFileError(ValueError):
-    """An adapter file is damaged, or does not fit the model."""
+from keras_vera.projection import pair_sha256
 
 
 def save_adapter(model, filepath):
@@ -63,18 +44,15 @@ def save_adapter(model, filepath):
     ```
     """
     filepath = check_filepath(filepath)
-    layers = adaptation.check_adapted(model)
-    adaptation.check_base_is_clean(model, layers)
+    layers = _adaptation.check_adapted(model)
+    _adaptation.check_base_is_clean(model, layers)
     _keras.synchronize(model)
-    adapted = adaptation.adapted_layers(model)
+    paths = _keras.structural_paths(model)
     tensors = {
         name: _as_array(variable)
-        for name, variable in _trained_variables(model).items()
+        for name, variable in _trained_variables(paths).items()
     }
-    content = safetensors.numpy.save(
-        tensors, metadata=_make_header(model, adapted)
-    )
-    _write_atomically(filepath, content)
+    _adapter_format.write(filepath, _make_header(model, paths), tensors)
 
 
 def load_adapter(model, filepath):
@@ -104,7 +82,7 @@ def load_adapter(model, filepath):
     keras_vera.load_adapter(classifier, "sst2.vera.safetensors")
     ```
     """
-    header, tensors = _read(filepath)
+    header, tensors = _adapter_format.read(filepath)
     if not isinstance(model, keras.Layer):
         raise ValueError(
             "`model` must be a Keras model. "
@@ -113,45 +91,46 @@ def load_adapter(model, filepath):
     _keras.synchronize(model)
     paths = _keras.structural_paths(model)
     if any(is_adapted(layer) for layer in paths.values()):
-        _check_adapted_model(paths, header, filepath)
-        plan = None
+        layers = _check_adapted_model(paths, header, filepath)
+        _check_kernels(layers, header, filepath)
+        _check_entries(paths, header, tensors, filepath)
+        _check_pair(_used_pair(layers.values()), header, filepath)
     else:
-        plan = _plan(model, paths, header, filepath)
-    _check_entries(model, header, tensors, plan, filepath)
-    if plan is not None:
-        plan.apply(model)
-    for name, variable in _trained_variables(model).items():
+        layers, bases = _check_base_model(model, paths, header, filepath)
+        _check_kernels(layers, header, filepath)
+        _check_entries(paths, header, tensors, filepath, bases)
+        projection = SharedProjection(header["seed"], header["rank"])
+        projection.reserve(*_largest_dims(layers.values()))
+        pair = projection.vera_kernel_a, projection.vera_kernel_b
+        _check_pair(pair, header, filepath)
+        _adaptation.Adaptation(
+            projection=projection,
+            targets=header["targets"],
+            d_initial=check_d_initial(header["d_initial"]),
+            dropout=check_dropout(header["dropout"]),
+            bases=bases,
+            layers=list(layers.values()),
+        ).apply(model)
+    for name, variable in _trained_variables(paths).items():
         variable.assign(tensors[name])
 
 
-def check_filepath(filepath):
-    filepath = os.fspath(filepath)
-    if not filepath.endswith(EXTENSION):
-        raise ValueError(
-            f"`filepath` must end in `{EXTENSION}`. "
-            f"Received: filepath={filepath}"
-        )
-    return filepath
-
-
-def _trained_variables(model, plan=None):
+def _trained_variables(paths, bases=None):
     """Returns what an adapter file holds, by structural path and name.
 
     Args:
-        model: An adapted model, or one that `plan` will adapt.
-        plan: The `Adaptation` to come, whose bases will be frozen.
+        paths: Dict of the layers of a model, by structural path.
+        bases: List of the layers that will be frozen, for a model that is not
+            adapted yet; nothing in them is returned.
     """
-    layers = _keras.structural_paths(model)
-    if plan is None:
-        plans = [getattr(x, "vera_adaptation", None) for x in layers.values()]
-    else:
-        plans = [plan]
-    bases = [base for p in plans if p is not None for base in p.bases]
+    fresh = bases is not None
+    if not fresh:
+        bases = _bases(paths)
     in_base = {id(x) for base in bases for x in _keras.flatten_layers(base)}
     trained = {}
-    for path, layer in layers.items():
+    for path, layer in paths.items():
         outside = id(layer) not in in_base
-        if plan is not None and not outside:
+        if fresh and not outside:
             continue
         own = _keras.own_variables(layer)
         # A layer outside the base that trains is saved with its state.
@@ -175,7 +154,15 @@ def _entry_name(path, name, taken):
     return unique
 
 
-def _make_header(model, adapted):
+def _bases(paths):
+    """Returns the frozen parts of an adapted model, each once."""
+    plans = [getattr(x, "vera_adaptation", None) for x in paths.values()]
+    bases = [base for p in plans if p is not None for base in p.bases]
+    return list({id(base): base for base in bases}.values())
+
+
+def _make_header(model, paths):
+    adapted = {p: x for p, x in paths.items() if is_adapted(x)}
     layers = list(adapted.values())
     settings = {
         (x.projection.seed, x.projection.rank, x._vera_settings) for x in layers
@@ -186,24 +173,22 @@ def _make_header(model, adapted):
             "or settings, which one file cannot hold. Save its parts one by "
             f"one. Received: {sorted(map(str, settings))}"
         )
-    record = getattr(layers[0], "vera_adaptation", None)
-    paths = {id(x): p for p, x in _keras.structural_paths(model).items()}
-    bases = [] if record is None else [paths.get(id(b)) for b in record.bases]
+    ((seed, rank, own),) = settings
+    places = {id(layer): path for path, layer in paths.items()}
+    bases = [places.get(id(base)) for base in _bases(paths)]
     if None in bases:
         raise ValueError(
             f"`model` must hold the whole of what `enable_vera` adapted. "
             f"Received: model '{model.name}', a part of it."
         )
-    m = max(x._vera_contraction.m for x in layers)
-    n = max(x._vera_contraction.n for x in layers)
-    projection = layers[0].projection
-    targets = None if record is None else record.targets
-    header = {
-        "format_version": _FORMAT_VERSION,
-        "rank": projection.rank,
-        "seed": projection.seed,
-        "d_initial": layers[0]._vera_settings.d_initial,
-        "dropout": layers[0]._vera_settings.dropout,
+    plan = getattr(layers[0], "vera_adaptation", None)
+    targets = None if plan is None else plan.targets
+    return {
+        "format_version": _adapter_format.FORMAT_VERSION,
+        "rank": rank,
+        "seed": seed,
+        "d_initial": own.d_initial,
+        "dropout": own.dropout,
         "targets": "predicate" if callable(targets) else targets,
         "bases": bases,
         "layers": {
@@ -214,71 +199,16 @@ def _make_header(model, adapted):
             }
             for path, layer in adapted.items()
         },
-        "projection": {
-            "input_dim": m,
-            "output_dim": n,
-            "sha256": projection.sha256(m, n),
-        },
+        "projection_sha256": pair_sha256(*_used_pair(layers)),
         "keras_vera_version": metadata.version("keras_vera"),
         "keras_version": keras.version(),
     }
-    # One entry: safetensors writes several in an order that varies.
-    return {_HEADER: json.dumps(header)}
 
 
 def _as_array(variable):
     array = ops.convert_to_numpy(variable)
     # float32 holds every 16-bit float, and all readers know it.
     return array.astype("float32") if array.dtype.itemsize == 2 else array
-
-
-def _write_atomically(filepath, content):
-    folder = os.path.dirname(filepath) or "."
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # `mkstemp` makes files that only the owner can read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, filepath)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _read(filepath):
-    """Returns the header and the entries of an adapter file."""
-    try:
-        with safetensors.safe_open(filepath, framework="numpy") as file:
-            raw = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(
-            f"'{filepath}' is not an adapter file, or is damaged: {error}"
-        ) from None
-    try:
-        header = json.loads(raw[_HEADER])
-    except (KeyError, ValueError):
-        header = None
-    if not isinstance(header, dict):
-        raise AdapterFileError(
-            f"'{filepath}' is not an adapter file of keras_vera: its metadata "
-            f"has no JSON object named '{_HEADER}'."
-        )
-    if header.get("format_version") != _FORMAT_VERSION:
-        raise AdapterFileError(
-            f"'{filepath}' has format version {header.get('format_version')}. "
-            f"This version of keras_vera reads {_FORMAT_VERSION}; install a "
-            "newer one."
-        )
-    missing = [key for key in _HEADER_KEYS if key not in header]
-    if missing:
-        raise AdapterFileError(f"The header of '{filepath}' lacks {missing}.")
-    return header, tensors
 
 
 def _check_adapted_model(paths, header, filepath):
@@ -294,37 +224,28 @@ def _check_adapted_model(paths, header, filepath):
                 "`keras_vera.disable_vera(model)` first."
             )
     _check_names(header["layers"], adapted, "adapted layers", filepath)
-    _check_kernels(adapted, header, filepath)
-    _check_projection(next(iter(adapted.values())).projection, header, filepath)
+    return adapted
 
 
-def _plan(model, paths, header, filepath):
-    """Returns the `Adaptation` that the header asks for, unapplied."""
-    adaptation.check_model(model)
-    absent = [p for p in header["layers"] if p not in paths]
-    absent += [p for p in header["bases"] if p not in paths]
-    if absent or not header["bases"]:
+def _check_base_model(model, paths, header, filepath):
+    """Returns the layers to adapt, by path, and the bases of the header."""
+    _adaptation.check_model(model)
+    wanted = [*header["layers"], *header["bases"]]
+    absent = [path for path in wanted if path not in paths]
+    if absent:
         raise AdapterFileError(
             f"'{filepath}' belongs to another base: the model has no layers "
-            f"{absent or list(header['layers'])}"
-            f"{'' if absent else ' that are adapted'}."
+            f"{absent}."
         )
-    layers = {p: paths[p] for p in header["layers"]}
+    if not header["bases"]:
+        raise AdapterFileError(
+            f"'{filepath}' was saved from a model made of "
+            "`keras_vera.layers`. Received: a model without them."
+        )
+    layers = {path: paths[path] for path in header["layers"]}
     for path, layer in layers.items():
-        adaptation.check_layer(layer, path)
-    _check_kernels(layers, header, filepath)
-    projection = SharedProjection(seed=header["seed"], rank=header["rank"])
-    size = header["projection"]
-    projection.reserve(size["input_dim"], size["output_dim"])
-    _check_projection(projection, header, filepath)
-    return adaptation.Adaptation(
-        projection=projection,
-        targets=header["targets"],
-        d_initial=check_d_initial(header["d_initial"]),
-        dropout=check_dropout(header["dropout"]),
-        bases=[paths[p] for p in header["bases"]],
-        layers=list(layers.values()),
-    )
+        _adaptation.check_layer(layer, path)
+    return layers, [paths[path] for path in header["bases"]]
 
 
 def _check_kernels(layers, header, filepath):
@@ -356,24 +277,37 @@ def _check_kernels(layers, header, filepath):
         )
 
 
-def _check_projection(projection, header, filepath):
-    size = header["projection"]
-    received = projection.sha256(size["input_dim"], size["output_dim"])
-    if received != size["sha256"]:
+def _used_pair(layers):
+    """Returns what `layers` use of A and B: the largest slice of each."""
+    slices = [layer.projection_slices() for layer in layers]
+    return (
+        max((a for a, _ in slices), key=lambda a: a.shape[0]),
+        max((b for _, b in slices), key=lambda b: b.shape[1]),
+    )
+
+
+def _largest_dims(layers):
+    contractions = [kind_of(type(x))._make_contraction(x) for x in layers]
+    return max(c.m for c in contractions), max(c.n for c in contractions)
+
+
+def _check_pair(pair, header, filepath):
+    if pair_sha256(*pair) != header["projection_sha256"]:
         raise AdapterFileError(
             f"'{filepath}' was trained with other random matrices than "
             f"seed={header['seed']}, rank={header['rank']} make here."
         )
 
 
-def _check_entries(model, header, tensors, plan, filepath):
+def _check_entries(paths, header, tensors, filepath, bases=None):
     """Checks names and shapes of all entries against the model's variables."""
     expected = {
         name: tuple(variable.shape)
-        for name, variable in _trained_variables(model, plan).items()
+        for name, variable in _trained_variables(paths, bases).items()
     }
-    if plan is not None:
-        for path, layer in zip(header["layers"], plan.layers):
+    if bases is not None:
+        for path in header["layers"]:
+            layer = paths[path]
             n = kind_of(type(layer))._make_contraction(layer).n
             expected[f"{path}/vera_lambda_d"] = (header["rank"],)
             expected[f"{path}/vera_lambda_b"] = (n,)

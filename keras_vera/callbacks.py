@@ -2,7 +2,7 @@ import os
 
 import keras
 
-from keras_vera.adapter_file import check_filepath
+from keras_vera._adapter_format import check_filepath
 from keras_vera.adapter_file import save_adapter
 
 

@@ -95,23 +95,6 @@ class SharedProjection:
             )
             self._replace(b, self.vera_kernel_b)
 
-    def sha256(self, input_dim, output_dim):
-        """Returns the hash of `A[:input_dim]` and `B[:, :output_dim]`.
-
-        Args:
-            input_dim: Positive integer, at most the rows of `A`.
-            output_dim: Positive integer, at most the columns of `B`.
-
-        Returns:
-            A string, the SHA-256 in hexadecimal of both slices as
-            little-endian float32, `A` by rows and then `B` by columns.
-        """
-        a = ops.convert_to_numpy(self.vera_kernel_a)[:input_dim]
-        b = ops.convert_to_numpy(self.vera_kernel_b)[:, :output_dim].T
-        digest = hashlib.sha256(np.ascontiguousarray(a, dtype="<f4"))
-        digest.update(np.ascontiguousarray(b, dtype="<f4"))
-        return digest.hexdigest()
-
     def get_config(self):
         return {
             "seed": self.seed,
@@ -173,3 +156,20 @@ class SharedProjection:
         if old is not None:
             for layer in self._layers:
                 layer._replace_projection_variable(old, new)
+
+
+def pair_sha256(a, b_matrix):
+    """Returns the hash of a pair of matrices, as adapter files hold it.
+
+    Args:
+        a: Float32 tensor of shape `(m, rank)`.
+        b_matrix: Float32 tensor of shape `(rank, n)`.
+
+    Returns:
+        A string, the SHA-256 in hexadecimal of both matrices as little-endian
+        float32, `a` by rows and then `b_matrix` by columns.
+    """
+    digest = hashlib.sha256()
+    for rows in (ops.convert_to_numpy(a), ops.convert_to_numpy(b_matrix).T):
+        digest.update(np.ascontiguousarray(rows, dtype="<f4"))
+    return digest.hexdigest()

@@ -7,8 +7,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from keras_vera.adaptation import adapted_layers
-from keras_vera.adaptation import check_adapted
+from keras_vera._adaptation import adapted_layers
+from keras_vera._adaptation import check_adapted
 
 _LORA_RANK = 8
 

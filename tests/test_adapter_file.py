@@ -158,7 +158,7 @@ def test_header_is_readable(trained, path):
     assert hidden["kernel_shape"] == [8, 6]
     assert header["keras_version"] == keras.version()
     assert header["keras_vera_version"] == keras_vera.__version__
-    assert len(header["projection"]["sha256"]) == 64
+    assert len(header["projection_sha256"]) == 64
 
 
 def test_file_is_small(trained, path):
@@ -265,7 +265,7 @@ def test_adapter_of_other_settings_is_refused(trained, path, x):
 
 
 def change_hash(header, tensors):
-    header["projection"]["sha256"] = "0" * 64
+    header["projection_sha256"] = "0" * 64
 
 
 def drop_vector(header, tensors):

@@ -5,6 +5,7 @@ from keras_vera import _keras
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera.projection import SharedProjection
+from keras_vera.projection import pair_sha256
 
 _HASH = "vera_projection_sha256"
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")
@@ -104,8 +105,7 @@ class StandaloneVeRA:
             )
 
     def _projection_hash(self):
-        contraction = self._vera_contraction
-        digest = self.projection.sha256(contraction.m, contraction.n)
+        digest = pair_sha256(*self.projection_slices())
         return np.frombuffer(bytes.fromhex(digest), dtype=np.uint8)
 
 

@@ -85,7 +85,7 @@ class VeRALayer:
         if not hasattr(self, "vera_lambda_d"):
             return super().kernel
         contraction = self._vera_contraction
-        a, b_matrix = self._projection_slices()
+        a, b_matrix = self.projection_slices()
         matrix = merged_kernel(
             contraction.kernel_matrix(self._kernel),
             a,
@@ -130,13 +130,13 @@ class VeRALayer:
             x = keras.random.dropout(
                 x, self._vera_settings.dropout, seed=self._vera_seed_generator
             )
-        a, b_matrix = self._projection_slices()
+        a, b_matrix = self.projection_slices()
         y = adapter_product(
             x, a, b_matrix, self.vera_lambda_d, self.vera_lambda_b
         )
         return contraction.output_tensor(y)
 
-    def _projection_slices(self):
+    def projection_slices(self):
         """Returns `A[:m]` and `B[:, :n]`, without a copy where they are all."""
         a = ops.convert_to_tensor(self.vera_kernel_a)
         b_matrix = ops.convert_to_tensor(self.vera_kernel_b)

@@ -1,0 +1,228 @@
+"""What `enable_vera` does to a model, what it checks, and how to undo it."""
+
+import sys
+
+import keras
+
+from keras_vera import _keras
+from keras_vera.layers._in_place import adapt_layer
+from keras_vera.layers._in_place import is_adapted
+from keras_vera.layers._in_place import restore_layer
+from keras_vera.layers._kinds import kind_of
+
+
+class Adaptation:
+    """What one call of `enable_vera` did to a model, and how to undo it.
+
+    Every layer that it adapted refers to it.
+    """
+
+    def __init__(self, projection, targets, d_initial, dropout, bases, layers):
+        self.projection = projection
+        self.targets = targets
+        self.d_initial = d_initial
+        self.dropout = dropout
+        self.bases = bases
+        self.layers = layers
+        self._frozen = []
+        self._flags = []
+
+    def apply(self, model):
+        """Adapts the layers; on failure, the model is as it was."""
+        _keras.synchronize(model)
+        try:
+            self._freeze(model)
+            for layer in self.layers:
+                adapt_layer(
+                    layer, self.projection, self.d_initial, self.dropout
+                )
+                layer.vera_adaptation = self
+            for base in self.bases:
+                _refuse_lora(base)
+        except BaseException:
+            self.undo(merge=False)
+            raise
+        _keras.reset_compiled(self.layers)
+
+    def undo(self, merge):
+        for base in self.bases:
+            base.__dict__.pop("enable_lora", None)
+        for layer in self.layers:
+            if is_adapted(layer):
+                layer.__dict__.pop("vera_adaptation", None)
+                restore_layer(layer, merge=merge)
+        for layer, record in self._frozen:
+            _keras.thaw_own_variables(layer, record)
+        for layer, flag in self._flags:
+            _keras.set_trainable(layer, flag)
+
+    def _freeze(self, model):
+        targets = {id(layer) for layer in self.layers}
+        in_base = set()
+        for base in self.bases:
+            for layer in _keras.flatten_layers(base):
+                if id(layer) not in in_base:
+                    in_base.add(id(layer))
+                    record = _keras.freeze_own_variables(layer)
+                    self._frozen.append((layer, record))
+        for layer in _keras.flatten_layers(model):
+            below = {id(below) for below in _keras.flatten_layers(layer)}
+            # The flag of a layer hides the variables below it, so it is set
+            # above every adapter; elsewhere in the base it is off, which also
+            # keeps BatchNormalization from moving its statistics.
+            if targets & below:
+                flag = True
+            elif id(layer) in in_base:
+                flag = False
+            else:
+                continue
+            self._flags.append((layer, layer.trainable))
+            _keras.set_trainable(layer, flag)
+
+
+def check_model(model):
+    """Raises unless VeRA can be enabled on `model`."""
+    if not isinstance(model, keras.Layer):
+        raise ValueError(
+            "`model` must be a Keras model or layer. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
+    if not model.built:
+        raise ValueError(
+            f"`model` must be built. Received: model '{model.name}', which is "
+            "not. Call it on a batch of data, or call `model.build()`, first."
+        )
+    layers = _keras.flatten_layers(model)
+    if any(is_adapted(layer) for layer in layers):
+        raise ValueError(
+            f"Model '{model.name}' is adapted with VeRA already. Call "
+            "`keras_vera.merge(model)` to keep its adapter or "
+            "`keras_vera.disable_vera(model)` to drop it first."
+        )
+    with_lora = [x.name for x in layers if getattr(x, "lora_enabled", False)]
+    if with_lora:
+        raise ValueError(
+            f"Model '{model.name}' has LoRA enabled, in the layers "
+            f"{sorted(set(with_lora))}, which VeRA would freeze. Save and "
+            "load the model to merge LoRA, or start from the base model."
+        )
+
+
+def check_layer(layer, path):
+    """Raises unless `layer`, a target, can be adapted."""
+    what = f"The layer '{layer.name}' at '{path}'"
+    kind = kind_of(type(layer))
+    if kind is None:
+        raise ValueError(
+            f"{what} is a {type(layer).__name__}, which VeRA cannot adapt."
+        )
+    if not layer.built:
+        raise ValueError(
+            f"{what} is not built. Call the model on a batch of data first, "
+            "or leave this layer out of `targets`."
+        )
+    if layer.quantization_mode is not None:
+        raise ValueError(
+            f"{what} is quantized ('{layer.quantization_mode}'), which VeRA "
+            "does not support yet. Enable VeRA on the model before "
+            "quantization."
+        )
+    kind._make_contraction(layer)
+
+
+def find_bases(model):
+    """Returns the parts of `model` that get frozen; see `enable_vera`."""
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, keras.Layer):
+        return [backbone]
+    keras_hub = sys.modules.get("keras_hub")
+    if keras_hub is None or isinstance(model, keras_hub.models.Backbone):
+        return [model]
+    backbones = [
+        layer
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, keras_hub.models.Backbone)
+    ]
+    return backbones or [model]
+
+
+def base_paths(model, bases):
+    """Returns the layers of the bases by structural path in `model`."""
+    inside = {id(x) for base in bases for x in _keras.flatten_layers(base)}
+    return {
+        path: layer
+        for path, layer in _keras.structural_paths(model).items()
+        if id(layer) in inside
+    }
+
+
+def adapted_layers(model):
+    """Returns the adapted layers of `model` by structural path."""
+    return {
+        path: layer
+        for path, layer in _keras.structural_paths(model).items()
+        if is_adapted(layer)
+    }
+
+
+def check_adapted(model):
+    """Returns the adapted layers of `model`, or raises if it has none."""
+    if isinstance(model, keras.Layer):
+        layers = [x for x in _keras.flatten_layers(model) if is_adapted(x)]
+        if layers:
+            return layers
+    raise ValueError(
+        "`model` must be adapted with VeRA. "
+        f"Received: model={model!r}, which is not. Call "
+        "`keras_vera.enable_vera(model)` first."
+    )
+
+
+def check_base_is_clean(model, layers):
+    """Raises if a weights file merged another adapter into the kernels."""
+    merged = [
+        layer.name
+        for layer in layers
+        if getattr(layer, "vera_base_is_merged", False)
+    ]
+    if merged:
+        raise ValueError(
+            f"The kernels of {len(merged)} adapted layers of '{model.name}' "
+            f"({', '.join(sorted(set(merged))[:5])}) hold an adapter that "
+            "`load_weights` merged into them, because the file was saved on "
+            "another base or with another rank or seed. An adapter saved or "
+            "applied now would not fit the base model. Load the base weights "
+            "into the model before the file of the adapted model, or keep "
+            "the whole model with `keras_vera.merge(model)` and "
+            "`model.save_weights()`."
+        )
+
+
+def restore(model, layers, merge):
+    _keras.synchronize(model)
+    adaptations = []
+    for layer in layers:
+        adaptation = getattr(layer, "vera_adaptation", None)
+        if adaptation is None:
+            restore_layer(layer, merge=merge)
+        elif adaptation not in adaptations:
+            adaptations.append(adaptation)
+    for adaptation in adaptations:
+        adaptation.undo(merge=merge)
+        layers = layers + adaptation.layers
+    _keras.reset_compiled(layers)
+
+
+def _refuse_lora(base):
+    """Makes `backbone.enable_lora` raise; it would freeze the vectors."""
+    if not hasattr(base, "enable_lora") or is_adapted(base):
+        return
+
+    def enable_lora(*args, **kwargs):
+        raise ValueError(
+            f"Model '{base.name}' is adapted with VeRA; `enable_lora` would "
+            "freeze its vectors. Call `keras_vera.merge(model)` to keep the "
+            "adapter or `keras_vera.disable_vera(model)` to drop it first."
+        )
+
+    base.enable_lora = enable_lora
