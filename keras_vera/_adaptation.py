@@ -124,8 +124,8 @@ def check_layer(layer, path):
     if layer.quantization_mode is not None:
         raise ValueError(
             f"{what} is quantized ('{layer.quantization_mode}'), which VeRA "
-            "does not support yet. Enable VeRA on the model before "
-            "quantization."
+            "does not support yet. Adapt and train the model first, and "
+            "quantize it after `keras_vera.merge(model)`."
         )
     kind._make_contraction(layer)
 

@@ -160,7 +160,8 @@ def base_model(model):
         model: An adapted model.
 
     Raises:
-        ValueError: If the model is not adapted.
+        ValueError: If the model is not adapted, or if a weights file merged
+            an adapter into its base kernels.
 
     Example:
 
@@ -170,8 +171,9 @@ def base_model(model):
     ```
     """
     layers = check_adapted(model)
+    check_base_is_clean(model, layers)
     _keras.synchronize(model)
-    kept = [ops.convert_to_numpy(v.vera_lambda_b).copy() for v in layers]
+    kept = [ops.convert_to_numpy(x.vera_lambda_b).copy() for x in layers]
     try:
         for layer in layers:
             layer.vera_lambda_b.assign(ops.zeros(layer.vera_lambda_b.shape))

@@ -34,7 +34,8 @@ def save_adapter(model, filepath):
 
     Raises:
         ValueError: If the model is not adapted, if its kernels hold another
-            adapter from a weights file, or if `filepath` ends otherwise.
+            adapter from a weights file, if `model.trainable` is `False`, or
+            if `filepath` ends otherwise.
         OSError: If the file cannot be written.
 
     Example:
@@ -46,6 +47,12 @@ def save_adapter(model, filepath):
     filepath = check_filepath(filepath)
     layers = _adaptation.check_adapted(model)
     _adaptation.check_base_is_clean(model, layers)
+    if not model.trainable:
+        raise ValueError(
+            f"`model.trainable` is False on model '{model.name}', so what was "
+            "trained outside the base, such as a head, would be lost. Set "
+            "`model.trainable = True` before saving."
+        )
     _keras.synchronize(model)
     paths = _keras.structural_paths(model)
     tensors = {
@@ -133,12 +140,15 @@ def _trained_variables(paths, bases=None):
         if fresh and not outside:
             continue
         own = _keras.own_variables(layer)
-        # A layer outside the base that trains is saved with its state.
-        has_state = (
-            outside and not is_adapted(layer) and any(v.trainable for v in own)
-        )
+        if is_adapted(layer):
+            kept = {id(layer.vera_lambda_d), id(layer.vera_lambda_b)}
+        elif outside and any(v.trainable for v in own):
+            # A layer outside the base that trains is saved with its state.
+            kept = {id(v) for v in own}
+        else:
+            kept = set()
         for variable in own:
-            if variable.trainable or has_state:
+            if variable.trainable or id(variable) in kept:
                 name = _entry_name(path, variable.name, trained)
                 trained[name] = variable
     return trained

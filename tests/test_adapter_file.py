@@ -124,6 +124,33 @@ def test_reload_into_adapted_model(trained, path, x):
     assert trained.predict_function is compiled
 
 
+def test_frozen_vectors_are_saved(trained, path, x):
+    trained.backbone.trainable = False
+    keras_vera.save_adapter(trained, path)
+    fresh = make_model()
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, x), predict(trained, x))
+
+
+def test_two_adapted_towers_in_one_file(path, x):
+    def make():
+        towers = [make_model(seed).backbone for seed in (1, 2)]
+        inputs = keras.Input((5, 8))
+        outputs = keras.layers.Add()([tower(inputs) for tower in towers])
+        return towers, keras.Model(inputs, outputs)
+
+    towers, model = make()
+    keras_vera.enable_vera(towers[0], rank=4)
+    keras_vera.enable_vera(towers[1], rank=4, targets="hidden")
+    spoil(model)
+    keras_vera.save_adapter(model, path)
+    _, fresh = make()
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
+    keras_vera.disable_vera(model)
+    assert adapted(model) == []
+
+
 def test_loaded_model_saves_the_same_file(trained, path, tmp_path):
     keras_vera.save_adapter(trained, path)
     fresh = make_model()
@@ -360,6 +387,11 @@ def test_bad_calls_are_refused(trained, tmp_path, path):
         keras_vera.save_adapter(trained, tmp_path / "adapter.h5")
     with pytest.raises(ValueError, match="must be adapted"):
         keras_vera.save_adapter(make_model(), path)
+    trained.trainable = False
+    with pytest.raises(ValueError, match="`model.trainable` is False"):
+        keras_vera.save_adapter(trained, path)
+    assert not path.exists()
+    trained.trainable = True
     keras_vera.save_adapter(trained, path)
     with pytest.raises(ValueError, match="`model` must be a Keras model"):
         keras_vera.load_adapter("model", path)

@@ -1,6 +1,8 @@
 """Keras' own files of an adapted model: merged for others, lossless for us."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -168,6 +170,7 @@ def test_weights_of_another_adapter_behave_as_the_file(tmp_path, x, other):
     for call in (
         lambda: keras_vera.save_adapter(mine, tmp_path / "a.vera.safetensors"),
         lambda: keras_vera.disable_vera(mine),
+        lambda: keras_vera.base_model(mine).__enter__(),
     ):
         with pytest.raises(ValueError, match="hold an adapter that"):
             call()
@@ -199,6 +202,16 @@ def test_foreign_weights_are_refused(tmp_path, kernels):
     model = make_adapted()
     with pytest.raises(ValueError):
         model.load_weights(tmp_path / "other.weights.h5")
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_are_merged_models(x, copied):
+    model = make_adapted()
+    other = copied(model)
+    assert adapted(other) == []
+    assert largest_difference(predict(other, x), predict(model, x)) < 1e-5
 
 
 def test_clone_and_config_are_those_of_the_base(x):

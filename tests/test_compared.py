@@ -1,0 +1,60 @@
+"""What the README's table says of Keras' LoRA and of PEFT's VeRA."""
+
+import math
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from helpers import largest_difference
+from helpers import predict
+
+
+def make_backbone():
+    return keras_hub.models.RobertaBackbone(
+        vocabulary_size=50,
+        num_layers=1,
+        num_heads=12,
+        hidden_dim=768,
+        intermediate_dim=8,
+        max_sequence_length=6,
+    )
+
+
+def test_keras_lora_trains_the_biases_too():
+    backbone = make_backbone()
+    backbone.enable_lora(8)
+    sizes = {v.path: math.prod(v.shape) for v in backbone.trainable_variables}
+    assert sum(sizes.values()) * 12 == 1_800_192
+    assert sum("bias" in path for path in sizes) == 2
+
+
+def test_keras_lora_file_lacks_what_trained(tmp_path):
+    x = {
+        "token_ids": np.ones((2, 6), int),
+        "padding_mask": np.ones((2, 6), int),
+    }
+    trained, fresh = make_backbone(), make_backbone()
+    for backbone in (trained, fresh):
+        backbone.enable_lora(8)
+    for mine, theirs in zip(fresh.weights, trained.weights, strict=True):
+        mine.assign(np.array(keras.ops.convert_to_numpy(theirs)))
+    for variable in trained.trainable_variables:
+        variable.assign(np.full(variable.shape, 0.2, "float32"))
+    trained.save_lora_weights(tmp_path / "adapter.lora.h5")
+    fresh.load_lora_weights(tmp_path / "adapter.lora.h5")
+    assert largest_difference(predict(fresh, x), predict(trained, x)) > 1e-3
+
+
+def test_keras_lora_says_nothing_when_it_hits_nothing():
+    backbone = make_backbone()
+    backbone.enable_lora(8, ["qery"])
+    assert backbone.trainable_variables == []
+
+
+def test_peft_raises_when_it_hits_nothing():
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    config = peft.VeraConfig(target_modules=["qery"])
+    with pytest.raises(ValueError):
+        peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)
