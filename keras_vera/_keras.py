@@ -28,6 +28,9 @@ def structural_paths(model):
             return
         seen.add(id(layer))
         paths[path] = layer
+        if not layer._layers:
+            # Nothing below; and reading `kernel` of an adapted layer costs.
+            return
         for attribute, child in saving_lib._walk_saveable(layer):
             child_path = f"{path}/{attribute}" if path else attribute
             if isinstance(child, keras.Layer):

@@ -319,8 +319,9 @@ def _check_entries(paths, header, tensors, filepath, bases=None):
         for path in header["layers"]:
             layer = paths[path]
             n = kind_of(type(layer))._make_contraction(layer).n
-            expected[f"{path}/vera_lambda_d"] = (header["rank"],)
-            expected[f"{path}/vera_lambda_b"] = (n,)
+            sizes = {"vera_lambda_d": header["rank"], "vera_lambda_b": n}
+            for name, size in sizes.items():
+                expected[_entry_name(path, name, expected)] = (size,)
     _check_names(tensors, expected, "entries", filepath)
     wrong = [
         f"'{name}' has shape {tensors[name].shape}, not {shape}"

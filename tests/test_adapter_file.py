@@ -205,6 +205,19 @@ def test_backbone_adapter_and_inner_base(x, path):
     np.testing.assert_array_equal(predict(fresh, x), predict(backbone, x))
 
 
+def test_single_layer(path, rng):
+    x = rng.normal(size=(3, 4)).astype("float32")
+    layer = keras.layers.Dense(3)
+    layer.build((None, 4))
+    keras_vera.enable_vera(layer, rank=2, targets="all-linear")
+    spoil(layer)
+    y = ops.convert_to_numpy(layer(x))
+    keras_vera.save_adapter(layer, path)
+    keras_vera.disable_vera(layer)
+    keras_vera.load_adapter(layer, path)
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer(x)), y)
+
+
 def test_standalone_layers_load_into_the_same_structure(x, path):
     def make():
         keras.utils.set_random_seed(4)
