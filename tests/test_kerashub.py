@@ -1,5 +1,6 @@
 """Six families of KerasHub, tiny: what users will do with real ones."""
 
+import gc
 from dataclasses import dataclass
 
 import keras
@@ -21,6 +22,10 @@ from hub_models import make_task
 from keras import ops
 
 import keras_vera
+
+# Largest difference of outputs of about 1: by rounding, and by an adapter.
+ROUNDING = 3e-5
+DIFFERENT = 1e-2
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -131,7 +136,7 @@ def test_enabling_changes_no_output(family):
     keras_vera.enable_vera(task, rank=4)
     np.testing.assert_array_equal(predict(task, x), before)
     spoil(task)
-    assert largest_difference(predict(task, x), before) > 1e-2
+    assert largest_difference(predict(task, x), before) > DIFFERENT
 
 
 @every_family
@@ -160,7 +165,10 @@ def test_fit_moves_every_number_of_vectors_and_head_alone(trained):
 def test_adapter_file_gives_back_the_trained_model(trained, tmp_path):
     keras_vera.save_adapter(trained.task, tmp_path / "a.vera.safetensors")
     loaded = make_task(trained.family)
-    assert largest_difference(outputs(loaded, trained.x), trained.outputs) > 0.1
+    assert (
+        largest_difference(outputs(loaded, trained.x), trained.outputs)
+        > DIFFERENT
+    )
     keras_vera.load_adapter(loaded, tmp_path / "a.vera.safetensors")
     np.testing.assert_array_equal(outputs(loaded, trained.x), trained.outputs)
     assert trainable_paths(loaded) == expected_paths(trained.family)
@@ -171,7 +179,7 @@ def test_keras_file_holds_the_merged_model(trained, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "task.keras")
     assert_plain(loaded)
     difference = largest_difference(outputs(loaded, trained.x), trained.outputs)
-    assert difference < 1e-4
+    assert difference < ROUNDING
 
 
 def test_preset_holds_the_merged_model(trained, tmp_path):
@@ -179,7 +187,7 @@ def test_preset_holds_the_merged_model(trained, tmp_path):
     loaded = type(trained.task).from_preset(str(tmp_path))
     assert_plain(loaded)
     difference = largest_difference(outputs(loaded, trained.x), trained.outputs)
-    assert difference < 1e-4
+    assert difference < ROUNDING
 
 
 def assert_plain(model):
@@ -212,9 +220,9 @@ def test_targets_and_merge(family, targets):
 
     spoil(task)
     adapted = outputs(task, x)
-    assert largest_difference(adapted, base) > 0.1
+    assert largest_difference(adapted, base) > DIFFERENT
     keras_vera.merge(task)
-    assert largest_difference(outputs(task, x), adapted) < 1e-4
+    assert largest_difference(outputs(task, x), adapted) < ROUNDING
     assert_plain(task)
     assert [type(layer) for layer in task._flatten_layers()] == types
     assert [w.path for w in task.weights] == paths
@@ -235,18 +243,24 @@ def test_generate(family):
     np.testing.assert_array_equal(generate(task), adapted)
 
 
+def restorable_state(model):
+    """`state` without attribute names: PyTorch lists parameters when asked."""
+    layers, variables, weights = state(model)
+    return [layer[:3] for layer in layers], variables, weights
+
+
 @every_family
 def test_disabling_restores_everything(family):
     task = make_task(family)
     task.backbone.layers[-1].trainable = False
     x, _ = make_inputs(family)
-    before, base = state(task), outputs(task, x)
+    before, base = restorable_state(task), outputs(task, x)
     keras_vera.enable_vera(task, rank=4, targets="all-linear")
     spoil(task)
-    assert largest_difference(outputs(task, x), base) > 0.1
+    assert largest_difference(outputs(task, x), base) > DIFFERENT
     task.trainable = True
     keras_vera.disable_vera(task)
-    assert state(task) == before
+    assert restorable_state(task) == before
     np.testing.assert_array_equal(outputs(task, x), base)
 
 
@@ -275,7 +289,7 @@ def test_backbone_first_and_task_around_it(family, tmp_path):
 
     keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")
     loaded = make_task(family)
-    assert largest_difference(outputs(loaded, x), expected) > 0.1
+    assert largest_difference(outputs(loaded, x), expected) > DIFFERENT
     keras_vera.load_adapter(loaded, tmp_path / "a.vera.safetensors")
     np.testing.assert_array_equal(outputs(loaded, x), expected)
     assert trainable_paths(loaded) == expected_paths(family)
@@ -284,10 +298,16 @@ def test_backbone_first_and_task_around_it(family, tmp_path):
 def test_own_model_of_two_backbones(tmp_path):
     def make():
         text, image = make_backbone("roberta"), make_backbone("vit")
-        parts = [text.output[:, 0], image.output[:, 0]]
+        inputs = [
+            {
+                name: keras.Input((LENGTH,), dtype="int32")
+                for name in text.input
+            },
+            keras.Input((8, 8, 3)),
+        ]
+        parts = [text(inputs[0])[:, 0], image(inputs[1])[:, 0]]
         head = keras.layers.Dense(1, name="head", kernel_initializer="ones")
-        joined = keras.layers.Concatenate()(parts)
-        return keras.Model([text.input, image.input], head(joined))
+        return keras.Model(inputs, head(keras.layers.Concatenate()(parts)))
 
     model = make()
     x = [make_inputs("roberta")[0], make_inputs("vit")[0]]
@@ -304,3 +324,15 @@ def test_own_model_of_two_backbones(tmp_path):
     np.testing.assert_array_equal(outputs(loaded, x), base)
     keras_vera.load_adapter(loaded, tmp_path / "a.vera.safetensors")
     np.testing.assert_array_equal(outputs(loaded, x), expected)
+
+
+def test_objects_that_keras_leaves_half_made():
+    # Keras makes empty instances of the classes of a Functional model, which
+    # stay among the living objects until the next garbage collection.
+    gc.disable()
+    try:
+        task = make_task("bert")
+        keras_vera.enable_vera(task, rank=4)
+        keras_vera.disable_vera(task)
+    finally:
+        gc.enable()

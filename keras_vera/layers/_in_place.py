@@ -53,7 +53,7 @@ class InPlaceVeRA:
     def load_own_variables(self, store):
         group = _keras.hidden_group(store)
         if group is not None and self._is_of_this_adapter(group):
-            base_kernel = ops.convert_to_numpy(self._kernel)
+            base_kernel = ops.convert_to_numpy(self._kernel).copy()
             super().load_own_variables(store)
             self._kernel.assign(base_kernel)
             for name in _VECTORS:
