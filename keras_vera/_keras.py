@@ -151,8 +151,12 @@ def reset_compiled(layers):
     Models do not know who contains them, hence the search.
     """
     changed = {id(layer) for layer in layers}
-    models = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
-    for model in models:
+    for model in gc.get_objects():
+        # A model whose constructor failed has no layers yet.
+        if not (
+            issubclass(type(model), keras.Model) and "_layers" in vars(model)
+        ):
+            continue
         below = flatten_layers(model)
         if changed.isdisjoint(id(layer) for layer in below):
             continue

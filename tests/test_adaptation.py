@@ -298,6 +298,13 @@ def test_optimizer_without_config_asks_for_compile(x):
         model.fit(x, np.ones((6, 3)), verbose=0)
 
 
+def test_half_made_models_do_not_disturb():
+    # What a failed constructor leaves behind is found among living models.
+    half_made = keras.Model.__new__(Subclassed)
+    assert not hasattr(half_made, "_layers")
+    keras_vera.enable_vera(sequential(), rank=3, targets="first")
+
+
 def test_torch_lists_the_trained_parameters():
     if backend() != "torch":
         pytest.skip("`parameters()` is PyTorch's.")
