@@ -8,6 +8,7 @@ import contextlib
 import gc
 
 import keras
+from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
@@ -183,6 +184,11 @@ def reset_compiled(layers):
             for layer in below:
                 if layer.built:
                     layer._track_variables()
+
+
+def objects_being_loaded():
+    """Returns the dict that `load_model` shares objects by, or `None`."""
+    return global_state.get_global_attribute("shared_objects/id_to_obj_map")
 
 
 def synchronize(model):

@@ -18,8 +18,8 @@ def unit_uniform(seed, stream, count, start=0):
     """Returns entries `start` to `start + count` of a unit-variance stream.
 
     Entry `i` is made from 32-bit word `i` of the Philox4x64-10 stream with key
-    `(seed, stream)` and a counter that starts at 0 (each 64-bit word gives its
-    low half first): `(2 * (word >> 8) + 1 - 2**24) * sqrt(3) / 2**24`.
+    `(seed, stream)` and a counter whose first block is number 1 (each 64-bit
+    word gives its low half first): `(2 * (word >> 8) + 1 - 2**24) * sqrt(3) / 2**24`.
 
     Args:
         seed: Integer in `[0, 2**64)`.

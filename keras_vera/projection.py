@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vera import _keras
 from keras_vera._checks import check_integer
 from keras_vera._random import unit_uniform
 
@@ -104,27 +105,36 @@ class SharedProjection:
 
     @classmethod
     def from_config(cls, config):
+        # While a file is loaded, all that had one projection get one again.
+        loading = _keras.objects_being_loaded()
+        key = ("keras_vera.SharedProjection", config["identifier"])
+        if loading is not None and key in loading:
+            return loading[key]
         projection = cls(seed=config["seed"], rank=config["rank"])
         projection._identifier = config["identifier"]
+        if loading is not None:
+            loading[key] = projection
         return projection
 
     @classmethod
-    def shared_from_config(cls, config, layer_name):
-        """Returns the projection for a layer that is being deserialized.
+    def shared_from_config(cls, config, layer_identifier):
+        """Returns the projection for a layer that is made from its config.
 
-        The layers of one model were serialized with the same identifier and
-        have different names. So a layer joins the newest living projection of
-        that identifier, unless that one has a layer of this name already: then
-        another copy of the model is being made, which gets a pair of its own
-        (models that share variables disturb each other on JAX).
+        `clone_model` makes one layer after the other and says nothing of what
+        belongs together. So a layer joins the newest projection that came
+        from the same one, unless that has a copy of this layer already: then
+        another clone has begun, which gets a pair of its own (models that
+        share variables disturb each other on JAX).
         """
+        if _keras.objects_being_loaded() is not None:
+            return cls.from_config(config)
         newest = max(
             (p for p in _projections if p._identifier == config["identifier"]),
             key=lambda p: p._generation,
             default=None,
         )
         if newest is not None and all(
-            layer.name != layer_name for layer in newest._layers
+            layer.identifier != layer_identifier for layer in newest._layers
         ):
             return newest
         projection = cls.from_config(config)

@@ -1,3 +1,5 @@
+import uuid
+
 import keras
 import numpy as np
 
@@ -24,6 +26,11 @@ class StandaloneVeRA:
                 "`lora_rank` cannot be combined with VeRA. "
                 f"Received: lora_rank={self.lora_rank}"
             )
+        if self.quantization_mode is not None:
+            raise ValueError(
+                "`dtype` must not be a quantized one, which VeRA does not "
+                f"support yet. Received: dtype={self.dtype_policy.name}"
+            )
         if projection is None:
             projection = SharedProjection(rank=256 if rank is None else rank)
         elif not isinstance(projection, SharedProjection):
@@ -41,6 +48,7 @@ class StandaloneVeRA:
         self.d_initial = check_d_initial(d_initial)
         self.dropout = check_dropout(dropout)
         self._shared_projection = projection
+        self.identifier = uuid.uuid4().hex
         projection.register(self)
 
     def build(self, input_shape):
@@ -54,26 +62,27 @@ class StandaloneVeRA:
         _keras.thaw_own_variables(self, (own, [(v, True) for v in own]))
 
     def get_config(self):
-        config = super().get_config()
-        config.update(
-            {
-                "rank": self.rank,
-                "projection": keras.saving.serialize_keras_object(
-                    self._shared_projection
-                ),
-                "d_initial": self.d_initial,
-                "dropout": self.dropout,
-            }
-        )
-        return config
+        return {
+            **super().get_config(),
+            "rank": self.rank,
+            "projection": keras.saving.serialize_keras_object(
+                self._shared_projection
+            ),
+            "identifier": self.identifier,
+            "d_initial": self.d_initial,
+            "dropout": self.dropout,
+        }
 
     @classmethod
     def from_config(cls, config):
         config = dict(config)
+        identifier = config.pop("identifier")
         config["projection"] = SharedProjection.shared_from_config(
-            config["projection"]["config"], config["name"]
+            config["projection"]["config"], identifier
         )
-        return super().from_config(config)
+        layer = super().from_config(config)
+        layer.identifier = identifier
+        return layer
 
     def save_own_variables(self, store):
         super().save_own_variables(_WithoutMerging(store, self))
@@ -89,7 +98,9 @@ class StandaloneVeRA:
                 getattr(self, name).assign(store[name])
 
     def _check_load_own_variables(self, store):
-        expected = {_HASH, *_VECTORS, "0", *("1" if self.use_bias else "")}
+        expected = {_HASH, *_VECTORS, "0"}
+        if self.bias is not None:
+            expected.add("1")
         received = set(store.keys())
         if received != expected:
             raise ValueError(

@@ -96,14 +96,21 @@ class VeRALayer:
         return contraction.kernel_tensor(matrix)
 
     def call(self, inputs, training=None):
-        x = ops.add(
-            self._base_product(inputs), self._adapter_output(inputs, training)
-        )
+        # Not `ops.add`, which takes an empty 2D tensor for a bias.
+        x = self._base_product(inputs) + self._adapter_output(inputs, training)
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+    def quantized_call(self, *args, **kwargs):
+        # Keras calls this instead of `call`, which would drop the adapter.
+        raise ValueError(
+            f"Layer '{self.name}' is adapted with VeRA and was quantized, "
+            "which VeRA does not support yet. Call `keras_vera.merge(model)` "
+            "before quantization."
+        )
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
