@@ -19,7 +19,8 @@ def unit_uniform(seed, stream, count, start=0):
 
     Entry `i` is made from 32-bit word `i` of the Philox4x64-10 stream with key
     `(seed, stream)` and a counter whose first block is number 1 (each 64-bit
-    word gives its low half first): `(2 * (word >> 8) + 1 - 2**24) * sqrt(3) / 2**24`.
+    word gives its low half first), as the float
+    `(2 * (word >> 8) + 1 - 2**24) * sqrt(3) / 2**24`.
 
     Args:
         seed: Integer in `[0, 2**64)`.

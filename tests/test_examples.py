@@ -1,0 +1,45 @@
+"""The examples run, tiny; the notebook is the script."""
+
+import pathlib
+import subprocess
+import sys
+
+import jupytext
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def test_text_classification(tmp_path):
+    (tmp_path / "own.tsv").write_text(
+        "".join(
+            f"{label}\t{start} is the number {i} of its kind\n"
+            for i in range(12)
+            for label, start in (("yes", "This one"), ("no", "No other"))
+        )
+    )
+    script = EXAMPLES / "text_classification.py"
+    for arguments in (
+        ["--limit", "16", "--epochs", "2", "--rank", "8"],
+        ["--data", "own.tsv", "--epochs", "1", "--rank", "8"],
+    ):
+        output = subprocess.check_output(
+            [sys.executable, script, *arguments], cwd=tmp_path, text=True
+        )
+        table = output.split("accuracy", 1)[1]
+        for method in ("Head alone", "LoRA, rank 8", "VeRA, rank 8"):
+            assert method in table
+        folder = tmp_path / "text_classification_output"
+        assert (folder / "learning_curves.png").stat().st_size > 10_000
+        assert len(list(folder.glob("*.vera.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_notebook_is_the_script(script):
+    def cells(path):
+        return [(c.cell_type, c.source) for c in jupytext.read(path).cells]
+
+    assert cells(script.with_suffix(".ipynb")) == cells(script), (
+        "Run: jupytext --to ipynb examples/*.py"
+    )
