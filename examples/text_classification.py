@@ -68,7 +68,7 @@ parser.add_argument("--preset", help="a KerasHub preset; default: MiniLM-L6")
 parser.add_argument("--data", help="lines of label<TAB>text; default: Keras")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--batch_size", type=int, default=32)
-parser.add_argument("--rank", type=int, default=256, help="rank of VeRA")
+parser.add_argument("--rank", type=int, default=1024, help="rank of VeRA")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--limit", type=int, help="cap on sentences per split")
 parser.add_argument("--output_dir", default="text_classification_output")
@@ -209,6 +209,8 @@ def split_by_symbol(rows):
 
 
 parts = split_by_symbol(rows)
+if not all(parts):
+    sys.exit("Please give more texts: a split has none that is distinct.")
 labels = sorted({label for part in parts for _, label in part})
 for part in parts:
     # KerasHub's `fit` keeps the order that it is given, so we shuffle.

@@ -39,10 +39,10 @@ class Adaptation:
                 layer.vera_adaptation = self
             for base in self.bases:
                 _refuse_lora(base)
+            _keras.reset_compiled(self.layers)
         except BaseException:
             self.undo(merge=False)
             raise
-        _keras.reset_compiled(self.layers)
 
     def undo(self, merge):
         for base in self.bases:

@@ -153,7 +153,7 @@ def reset_compiled(layers):
     """
     changed = {id(layer) for layer in layers}
     for model in gc.get_objects():
-        # A model whose constructor failed has no layers yet.
+        # Keras leaves instances behind that it made and never initialized.
         if not (
             issubclass(type(model), keras.Model) and "_layers" in vars(model)
         ):

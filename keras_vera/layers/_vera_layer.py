@@ -71,7 +71,6 @@ class VeRALayer:
             self._vera_seed_generator = (
                 keras.random.SeedGenerator() if dropout else None
             )
-        self._post_build()  # Torch lists its parameters here.
 
     def detach_vera(self):
         """Removes what `attach_vera` added; the kernel stays as it is."""
