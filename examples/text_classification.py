@@ -66,9 +66,9 @@ In a notebook, change the defaults here.
 parser = argparse.ArgumentParser()
 parser.add_argument("--preset", help="a KerasHub preset; default: MiniLM-L6")
 parser.add_argument("--data", help="lines of label<TAB>text; default: Keras")
-parser.add_argument("--epochs", type=int, default=5)
+parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--batch_size", type=int, default=32)
-parser.add_argument("--rank", type=int, default=1024, help="rank of VeRA")
+parser.add_argument("--rank", type=int, default=128, help="rank of VeRA")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--limit", type=int, help="cap on sentences per split")
 parser.add_argument("--output_dir", default="text_classification_output")
@@ -79,11 +79,13 @@ args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 LEARNING_RATES = {
     "head": 1e-2,
     "lora": 3e-3,
-    "vera": 5e-2,
+    "vera": 3e-2,
     "vera_head": 5e-3,
 }
 SEQUENCE_LENGTH = 32
 LORA_RANK = 8
+# One more adapted layer costs VeRA little: its vectors are short.
+TARGETS = ["attention", "feedforward_output_dense"]
 NAMESPACES = """applications callbacks datasets initializers layers losses
 metrics ops optimizers quantizers saving utils""".split()
 
@@ -373,14 +375,17 @@ train_and_test(
 """
 ## VeRA
 
-The same layers, adapted with VeRA. Its vectors want a learning rate of their
-own, some 10 times that of the head, and `keras_vera.vera_optimizer` gives it
-to them.
+With so few numbers to train for each layer, VeRA can adapt more of them: here
+all four projections of attention, and the last layer of each feed-forward
+block. On the query and value projections alone, at rank 1024, it stayed 4
+points behind LoRA on these sentences. The vectors want a learning rate of
+their own, several times that of the head, and `keras_vera.vera_optimizer`
+gives it to them.
 """
 
 # %%
 vera = make_classifier()
-keras_vera.enable_vera(vera, rank=args.rank, seed=args.seed)
+keras_vera.enable_vera(vera, rank=args.rank, seed=args.seed, targets=TARGETS)
 keras_vera.summary(vera)
 optimizer = keras_vera.vera_optimizer(
     vectors=adam(LEARNING_RATES["vera"]), rest=adam(LEARNING_RATES["vera_head"])

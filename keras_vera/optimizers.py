@@ -6,15 +6,15 @@ _VECTORS = r"(.*/)?vera_lambda_[db]"
 def vera_optimizer(vectors=None, rest=None):
     """Returns an optimizer with a learning rate of their own for the vectors.
 
-    The vectors of VeRA want a learning rate 10 to 100 times that of a new
-    task head; with one rate for everything, one of the two trains badly.
+    The vectors of VeRA want a higher learning rate than a new task head, 3 to
+    100 times as high; with one rate for both, one of the two trains badly.
 
     Args:
         vectors: Optimizer for the vectors `d` and `b`: a Keras optimizer or
             its name. Its learning rate may be a schedule. Defaults to Adam
             with a learning rate of 0.01.
         rest: Optimizer for all other trained variables, such as a task head.
-            Defaults to Adam with a learning rate of 0.001.
+            Defaults to Adam with a learning rate of 0.003.
 
     Returns:
         A `keras.optimizers.MultiOptimizer`, for `model.compile`.
@@ -36,7 +36,7 @@ def vera_optimizer(vectors=None, rest=None):
     if vectors is None:
         vectors = keras.optimizers.Adam(1e-2)
     if rest is None:
-        rest = keras.optimizers.Adam(1e-3)
+        rest = keras.optimizers.Adam(3e-3)
     vectors = keras.optimizers.get(vectors)
     rest = keras.optimizers.get(rest)
     if vectors is rest:
