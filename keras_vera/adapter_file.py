@@ -171,6 +171,28 @@ def _bases(paths):
     return list({id(base): base for base in bases}.values())
 
 
+def _base_paths(model, paths):
+    """Returns where the frozen parts are in `model`.
+
+    `keras.Model(backbone.input, head(backbone.output))` holds the layers of
+    the backbone, but not the backbone: then they stand for it.
+    """
+    places = {id(layer): path for path, layer in paths.items()}
+    found, bases = [], _bases(paths)
+    while bases:
+        base = bases.pop(0)
+        if id(base) in places:
+            found.append(places[id(base)])
+        elif _keras.sub_layers(base):
+            bases.extend(_keras.sub_layers(base))
+        else:
+            raise ValueError(
+                "`model` must hold the whole of what `enable_vera` adapted. "
+                f"Received: model '{model.name}', a part of it."
+            )
+    return found
+
+
 def _make_header(model, paths):
     adapted = {p: x for p, x in paths.items() if is_adapted(x)}
     layers = list(adapted.values())
@@ -184,13 +206,6 @@ def _make_header(model, paths):
             f"one. Received: {sorted(map(str, settings))}"
         )
     ((seed, rank, own),) = settings
-    places = {id(layer): path for path, layer in paths.items()}
-    bases = [places.get(id(base)) for base in _bases(paths)]
-    if None in bases:
-        raise ValueError(
-            f"`model` must hold the whole of what `enable_vera` adapted. "
-            f"Received: model '{model.name}', a part of it."
-        )
     plan = getattr(layers[0], "vera_adaptation", None)
     targets = None if plan is None else plan.targets
     return {
@@ -200,7 +215,7 @@ def _make_header(model, paths):
         "d_initial": own.d_initial,
         "dropout": own.dropout,
         "targets": "predicate" if callable(targets) else targets,
-        "bases": bases,
+        "bases": _base_paths(model, paths),
         "layers": {
             path: {
                 "kernel_shape": list(layer._kernel.shape),

@@ -205,6 +205,24 @@ def test_backbone_adapter_and_inner_base(x, path):
     np.testing.assert_array_equal(predict(fresh, x), predict(backbone, x))
 
 
+def test_backbone_whose_graph_is_in_the_model(path, x):
+    def make():
+        backbone = make_model().backbone
+        head = keras.layers.Dense(2, name="head")
+        return backbone, keras.Model(backbone.input, head(backbone.output))
+
+    backbone, model = make()
+    keras_vera.enable_vera(backbone, rank=4)
+    assert model.layers[-1].kernel.trainable
+    spoil(model)
+    keras_vera.save_adapter(model, path)
+    _, fresh = make()
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
+    names = [v.name for v in model.trainable_variables]
+    assert [v.name for v in fresh.trainable_variables] == names
+
+
 def test_single_layer(path, rng):
     x = rng.normal(size=(3, 4)).astype("float32")
     layer = keras.layers.Dense(3)
