@@ -63,6 +63,11 @@ def test_formula_is_that_of_peft(reference, rng):
     assert largest_difference(expected, x @ kernel) > 0.1
 
 
+def test_as_many_numbers_train(reference):
+    trained = [p for p in reference.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == RANK + N
+
+
 def test_start_has_the_variance_of_peft():
     # Kaiming's uniform entries: the same variance, from another generator.
     torch.manual_seed(0)
