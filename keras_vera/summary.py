@@ -70,8 +70,8 @@ def summary(model, line_length=None, print_fn=None):
         f" Trained by VeRA: {vectors:,} ({_readable(vectors * 4)})",
         f" Trained outside the base: {trained - vectors:,} "
         f"({_readable(trained_bytes - vectors * 4)})",
-        f" Adapter file: about {_readable(trained_bytes)}; the shared random "
-        f"matrices ({_readable(shared)} in memory) are not saved",
+        f" Adapter file: {_readable(trained_bytes)} and a header; the shared "
+        f"random matrices ({_readable(shared)} in memory) are not saved",
         f" LoRA of rank {_LORA_RANK} on these layers would train {lora:,} "
         f"({_readable(lora * 4)})",
         f" All weights: {total:,} ({_readable(total_bytes)})",
