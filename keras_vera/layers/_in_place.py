@@ -90,14 +90,12 @@ def is_adapted(layer):
 
 
 def adapt_layer(layer, projection, d_initial, dropout):
-    """Turns a built Keras layer into its adapted form, in place."""
-    plain_class = type(layer)
-    layer.__class__ = _adapted_class(plain_class)
-    try:
-        layer.attach_vera(projection, d_initial, dropout)
-    except BaseException:
-        restore_layer(layer)
-        raise
+    """Turns a built Keras layer into its adapted form, in place.
+
+    If it fails half-way, `restore_layer` undoes it.
+    """
+    layer.__class__ = _adapted_class(type(layer))
+    layer.attach_vera(projection, d_initial, dropout)
 
 
 def restore_layer(layer, merge=False):
