@@ -17,11 +17,21 @@ class Adaptation:
     Every layer that it adapted refers to it.
     """
 
-    def __init__(self, projection, targets, d_initial, dropout, bases, layers):
+    def __init__(
+        self,
+        projection,
+        targets,
+        d_initial,
+        dropout,
+        bases,
+        layers,
+        plan="auto",
+    ):
         self.projection = projection
         self.targets = targets
         self.d_initial = d_initial
         self.dropout = dropout
+        self.plan = plan
         self.bases = bases
         self.layers = layers
         self._frozen = []
@@ -34,7 +44,11 @@ class Adaptation:
             self._freeze(model)
             for layer in self.layers:
                 adapt_layer(
-                    layer, self.projection, self.d_initial, self.dropout
+                    layer,
+                    self.projection,
+                    self.d_initial,
+                    self.dropout,
+                    self.plan,
                 )
                 layer.vera_adaptation = self
             for base in self.bases:

@@ -17,6 +17,7 @@ _HEADER_KEYS = (
     "dropout",
     "targets",
     "bases",
+    "structure",
     "layers",
     "projection_sha256",
 )

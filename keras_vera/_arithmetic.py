@@ -2,52 +2,207 @@
 
     y = x W + b * ((x A * d) B)
 
-x: [..., m], W: [m, n], A: [m, r], d: [r], B: [r, n], b: [n]
+x: [T, m], W: [m, n], A: [m, r], d: [r], B: [r, n], b: [n]
 (Kopiczko et al., 2024, arXiv 2310.11454, equation 2). A and B come with
 unit-variance entries; the Kaiming factors `sqrt(2 / m)` of A and `sqrt(2 / r)`
 of B (section 3.3) are applied here, so that a narrow layer that shares the
 pair with a wide one has the factor of its own m.
+
+The gradients come from one small matrix. With the upstream gradient g: [T, n]
+and M = (x A)^T g = A^T (x^T g): [r, n],
+
+    grad_d_k = sum_j B_kj b_j M_kj          grad_b_j = sum_k d_k B_kj M_kj
+
+so that of all activations only x is kept for the backward pass. W, A and B
+are constants: no gradient reaches them.
 """
 
-import math
+from dataclasses import dataclass
 
 from keras import backend
 from keras import ops
 
+from keras_vera._custom_gradient import call_with_gradient
+from keras_vera._custom_gradient import computed_again
+from keras_vera._plan import Plan
 
-def kaiming_factor(fan_in):
-    return math.sqrt(2.0 / fan_in)
 
+def adapted_product(x, kernel, pair, d, b, layout, plan):
+    """Returns the product of an adapted layer, base and adapter.
 
-def adapter_product(x, a, b_matrix, d, b):
-    """Returns `b * ((x A * d) B)` in the dtype of `x`.
+    Args:
+        x: Tensor, the layer's input.
+        kernel: Tensor, the layer's frozen kernel, in the dtype of `x`.
+        pair: The tensors `(A, B)`, of the layer's m and n.
+        d: Float32 tensor of shape `(rank,)`.
+        b: Float32 tensor of shape `(n,)`.
+        layout: A `Layout`.
+        plan: A `Plan`.
 
-    The vectors are applied in float32, and so are their gradients summed.
+    Returns:
+        A tensor in the dtype of `x`.
     """
-    dtype = backend.standardize_dtype(x.dtype)
-    vector_dtype = _vector_dtype(dtype)
-    m, r = a.shape
-    # The factor comes first: x A would overflow in float16.
-    h = ops.matmul(x * kaiming_factor(m), ops.cast(a, dtype))
-    d = ops.cast(d, vector_dtype) * kaiming_factor(r)
-    h = ops.cast(ops.cast(h, vector_dtype) * d, dtype)
-    z = ops.cast(ops.matmul(h, ops.cast(b_matrix, dtype)), vector_dtype)
-    return ops.cast(z * ops.cast(b, vector_dtype), dtype)
+    if plan.folded:
+        product = _FoldedProduct(layout, plan)
+        return call_with_gradient(product, (x, d, b), (kernel, *pair))
+    # Not `ops.add`, which takes an empty 2D tensor for a bias.
+    base = layout.contraction.product(x, kernel)
+    return base + adapter_product(x, pair, d, b, layout, plan)
 
 
-def merged_kernel(kernel, a, b_matrix, d, b):
+def adapter_product(x, pair, d, b, layout, plan):
+    """Returns what the adapter adds, `b * ((x A * d) B)`, without W."""
+    product = _AdditiveProduct(layout, plan)
+    return call_with_gradient(product, (x, d, b), pair)
+
+
+def merged_kernel(kernel, pair, d, b, layout, dtype=None):
     """Returns `W + (A * d) B * b`, added in float32, in the dtype of `W`.
 
-    Every merge, export and saved kernel is made here.
+    Every merge, export, saved and folded kernel is made here.
+
+    Args:
+        kernel: Tensor, in the layer's own shape.
+        pair: The tensors `(A, B)`, of the layer's m and n.
+        d: Float32 tensor of shape `(rank,)`.
+        b: Float32 tensor of shape `(n,)`.
+        layout: A `Layout`.
+        dtype: String, in which the product of A and B is computed. Defaults
+            to float32.
     """
-    dtype = backend.standardize_dtype(kernel.dtype)
-    vector_dtype = _vector_dtype(dtype)
-    m, r = a.shape
-    a, b_matrix, d, b = (ops.cast(v, vector_dtype) for v in (a, b_matrix, d, b))
-    factor = kaiming_factor(m) * kaiming_factor(r)
-    delta = ops.matmul(a * (d * factor), b_matrix) * b
-    return ops.cast(ops.cast(kernel, vector_dtype) + delta, dtype)
+    exact = _vector_dtype(kernel)
+    dtype = dtype or exact
+    a, b_matrix = pair
+    structure = layout.structure
+    factor_a, factor_b = structure.factors
+    d = ops.cast(d, exact) * (factor_a * factor_b)
+    a = ops.cast(structure.scale_rows(ops.cast(a, exact), d), dtype)
+    delta = structure.product(a, ops.cast(b_matrix, dtype))
+    delta = ops.cast(delta, exact) * ops.cast(b, exact)
+    delta = layout.contraction.kernel_tensor(delta)
+    return ops.cast(ops.cast(kernel, exact) + delta, kernel.dtype)
 
 
-def _vector_dtype(dtype):
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of a layer are matrices: all that the arithmetic knows
+    of the layer."""
+
+    contraction: object
+    structure: object
+
+
+@dataclass(frozen=True)
+class _FoldedProduct:
+    """`x (W + (A * d) B * b)`: the base layer's own products, and one of A
+    and B that does not grow with the tokens."""
+
+    layout: Layout
+    plan: Plan
+
+    def forward(self, wanted, x, d, b, kernel, a, b_matrix):
+        folded = self._folded(kernel, a, b_matrix, d, b)
+        y = self.layout.contraction.product(x, folded)
+        return y, (folded,) if self.plan.kept and wanted[0] else ()
+
+    def backward(self, g, wanted, kept, once, x, d, b, kernel, a, b_matrix):
+        contraction = self.layout.contraction
+        grad_x = None
+        g_matrix = contraction.output_matrix(g)
+        if wanted[0]:
+            if kept:
+                (folded,) = kept
+            else:
+                again = computed_again(d, g)
+                folded = self._folded(kernel, a, b_matrix, again, b)
+            folded = contraction.kernel_matrix(folded)
+            grad_x = ops.matmul(g_matrix, ops.transpose(folded))
+            grad_x = contraction.input_tensor(grad_x, ops.shape(x))
+        if not (wanted[1] or wanted[2]):
+            return grad_x, None, None
+        x_matrix = contraction.input_matrix(x)
+        return grad_x, *_vector_gradients(
+            x_matrix, g_matrix, a, b_matrix, d, b, self.layout, self.plan, once
+        )
+
+    def _folded(self, kernel, a, b_matrix, d, b):
+        return merged_kernel(
+            kernel, (a, b_matrix), d, b, self.layout, kernel.dtype
+        )
+
+
+@dataclass(frozen=True)
+class _AdditiveProduct:
+    """`b * ((x A * d) B)`, for few tokens."""
+
+    layout: Layout
+    plan: Plan
+
+    def forward(self, wanted, x, d, b, a, b_matrix):
+        contraction, structure = self.layout.contraction, self.layout.structure
+        dtype, exact = x.dtype, _vector_dtype(x)
+        factor_a, factor_b = structure.factors
+        # The factor comes first: x A would overflow in float16.
+        h = contraction.input_matrix(x) * factor_a
+        h = ops.cast(structure.down(h, ops.cast(a, dtype)), exact)
+        h = structure.scale(h, ops.cast(d, exact) * factor_b)
+        z = structure.up(ops.cast(h, dtype), ops.cast(b_matrix, dtype))
+        z = ops.cast(ops.cast(z, exact) * ops.cast(b, exact), dtype)
+        return contraction.output_tensor(z, ops.shape(x)), ()
+
+    def backward(self, g, wanted, kept, once, x, d, b, a, b_matrix):
+        contraction, structure = self.layout.contraction, self.layout.structure
+        dtype, exact = x.dtype, _vector_dtype(x)
+        g_matrix = contraction.output_matrix(g)
+        grad_x = None
+        if wanted[0]:
+            factor_a, factor_b = structure.factors
+            v = ops.cast(ops.cast(g_matrix, exact) * ops.cast(b, exact), dtype)
+            v = structure.up_transposed(v, ops.cast(b_matrix, dtype))
+            scaled = ops.cast(d, exact) * (factor_a * factor_b)
+            v = ops.cast(structure.scale(ops.cast(v, exact), scaled), dtype)
+            grad_x = structure.down_transposed(v, ops.cast(a, dtype))
+            grad_x = contraction.input_tensor(grad_x, ops.shape(x))
+        if not (wanted[1] or wanted[2]):
+            return grad_x, None, None
+        x_matrix = contraction.input_matrix(x)
+        return grad_x, *_vector_gradients(
+            x_matrix, g_matrix, a, b_matrix, d, b, self.layout, self.plan, once
+        )
+
+
+def _vector_gradients(x, g, a, b_matrix, d, b, layout, plan, once):
+    """Returns the gradients of d and b, from M by the cheaper route."""
+    structure = layout.structure
+    exact = _vector_dtype(x)
+    # Sums over all tokens overflow in float16.
+    is_float16 = backend.standardize_dtype(x.dtype) == "float16"
+    dtype = exact if is_float16 else x.dtype
+    factor_a, factor_b = structure.factors
+    g = ops.cast(g, dtype)
+    if plan.m_from_kernel:
+        scaled = ops.cast(x * factor_a, dtype)
+        kernel_gradient = ops.matmul(ops.transpose(scaled), g)
+        m_matrix = structure.m_of_kernel(ops.cast(a, dtype), kernel_gradient)
+    else:
+        # Query, key and value read the same x through the same rows of A.
+        u = once(
+            lambda: structure.down(
+                ops.cast(x * factor_a, dtype), ops.cast(a, dtype)
+            ),
+            key=(layout.contraction.reading, structure.rank, structure.blocks),
+            tensor=a,
+        )
+        m_matrix = structure.m_of_tokens(u, g)
+    grad_d, grad_b = structure.sums(
+        ops.cast(m_matrix, exact),
+        ops.cast(b_matrix, exact),
+        ops.cast(d, exact) * factor_b,
+        ops.cast(b, exact),
+    )
+    return ops.cast(grad_d * factor_b, d.dtype), ops.cast(grad_b, b.dtype)
+
+
+def _vector_dtype(x):
+    dtype = backend.standardize_dtype(x.dtype)
     return "float64" if dtype == "float64" else "float32"

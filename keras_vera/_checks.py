@@ -1,6 +1,9 @@
 """Checks of arguments that several functions take."""
 
 import numbers
+import re
+
+from keras_vera._plan import PLANS
 
 
 def check_integer(name, value, minimum, maximum=None):
@@ -38,3 +41,27 @@ def check_dropout(value):
             f"`dropout` must be a number in [0, 1). Received: dropout={value!r}"
         )
     return float(value)
+
+
+def check_structure(value):
+    """Returns the number of blocks that `structure` names; 1 if dense."""
+    if value == "dense":
+        return 1
+    found = isinstance(value, str) and re.fullmatch(r"blocks(\d*)", value)
+    blocks = int(found[1] or 16) if found else 0
+    if blocks < 2:
+        raise ValueError(
+            "`structure` must be 'dense', 'blocks' (16 blocks), or 'blocks' "
+            "with a number of blocks of at least 2, such as 'blocks4'. "
+            f"Received: structure={value!r}"
+        )
+    return blocks
+
+
+def check_plan(value):
+    if value not in PLANS:
+        raise ValueError(
+            f"`plan` must be one of {', '.join(map(repr, PLANS))}. "
+            f"Received: plan={value!r}"
+        )
+    return value

@@ -13,6 +13,7 @@ from keras_vera._adaptation import find_bases
 from keras_vera._adaptation import restore
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
+from keras_vera._checks import check_plan
 from keras_vera._targets import resolve_targets
 from keras_vera.projection import SharedProjection
 
@@ -24,6 +25,8 @@ def enable_vera(
     targets="attention-qv",
     d_initial=0.1,
     dropout=0.0,
+    structure="dense",
+    plan="auto",
 ):
     """Adapts layers of a built model with VeRA, in place.
 
@@ -58,6 +61,14 @@ def enable_vera(
             Defaults to `0.1`.
         dropout: Float in `[0, 1)`, the rate of dropout on the inputs of the
             adapters while training. Defaults to `0.0`.
+        structure: `"dense"`, the random matrices of the paper, or `"blocks"`:
+            block-diagonal ones, 16 times cheaper to compute with; see
+            `keras_vera.SharedProjection`. Defaults to `"dense"`.
+        plan: How the adapted layers are computed, which changes no result:
+            `"folded"` makes the adapted kernel once for all tokens and again
+            for the backward pass, `"folded-kept"` keeps it in between,
+            `"additive"` adds the adapter's own product, and `"auto"` takes
+            the cheapest, by counted flops and bytes. Defaults to `"auto"`.
 
     Raises:
         ValueError: If an argument makes no sense, a target matches nothing,
@@ -89,12 +100,13 @@ def enable_vera(
     for path in found:
         check_layer(paths[path], path)
     Adaptation(
-        projection=SharedProjection(seed=seed, rank=rank),
+        projection=SharedProjection(seed, rank, structure),
         targets=targets,
         d_initial=check_d_initial(d_initial),
         dropout=check_dropout(dropout),
         bases=bases,
         layers=[paths[path] for path in found],
+        plan=check_plan(plan),
     ).apply(model)
 
 

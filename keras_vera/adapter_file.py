@@ -16,6 +16,9 @@ from keras_vera.layers._kinds import kind_of
 from keras_vera.projection import SharedProjection
 from keras_vera.projection import pair_sha256
 
+# What a projection is made from.
+_PAIR = ("rank", "seed", "structure")
+
 
 def save_adapter(model, filepath):
     """Saves what was trained: the vectors, and the task head if there is one.
@@ -106,7 +109,9 @@ def load_adapter(model, filepath):
         layers, bases = _check_base_model(model, paths, header, filepath)
         _check_kernels(layers, header, filepath)
         _check_entries(paths, header, tensors, filepath, bases)
-        projection = SharedProjection(header["seed"], header["rank"])
+        projection = SharedProjection(
+            header["seed"], header["rank"], header["structure"]
+        )
         projection.reserve(*_largest_dims(layers.values()))
         pair = projection.vera_kernel_a, projection.vera_kernel_b
         _check_pair(pair, header, filepath)
@@ -196,22 +201,21 @@ def _base_paths(model, paths):
 def _make_header(model, paths):
     adapted = {p: x for p, x in paths.items() if is_adapted(x)}
     layers = list(adapted.values())
-    settings = {
-        (x.projection.seed, x.projection.rank, x._vera_settings) for x in layers
-    }
+    settings = {(_pair_of(x), x._vera_settings) for x in layers}
     if len(settings) > 1:
         raise ValueError(
-            f"Model '{model.name}' holds adapters of different seeds, ranks "
-            "or settings, which one file cannot hold. Save its parts one by "
-            f"one. Received: {sorted(map(str, settings))}"
+            f"Model '{model.name}' holds adapters of different seeds, ranks, "
+            "structures or settings, which one file cannot hold. Save its "
+            f"parts one by one. Received: {sorted(map(str, settings))}"
         )
-    ((seed, rank, own),) = settings
+    (((rank, seed, structure), own),) = settings
     plan = getattr(layers[0], "vera_adaptation", None)
     targets = None if plan is None else plan.targets
     return {
         "format_version": _adapter_format.FORMAT_VERSION,
         "rank": rank,
         "seed": seed,
+        "structure": structure,
         "d_initial": own.d_initial,
         "dropout": own.dropout,
         "targets": "predicate" if callable(targets) else targets,
@@ -239,13 +243,13 @@ def _as_array(variable):
 def _check_adapted_model(paths, header, filepath):
     """Checks that the adapters of a model are those of the file."""
     adapted = {p: x for p, x in paths.items() if is_adapted(x)}
+    expected = tuple(header[name] for name in _PAIR)
     for layer in adapted.values():
-        received = (layer.projection.rank, layer.projection.seed)
-        if received != (header["rank"], header["seed"]):
+        received = _pair_of(layer)
+        if received != expected:
             raise AdapterFileError(
-                f"'{filepath}' has rank={header['rank']} and "
-                f"seed={header['seed']}, but VeRA is enabled on the model "
-                f"with rank={received[0]} and seed={received[1]}. Call "
+                f"'{filepath}' has {_described(expected)}, but VeRA is "
+                f"enabled on the model with {_described(received)}. Call "
                 "`keras_vera.disable_vera(model)` first."
             )
     _check_names(header["layers"], adapted, "adapted layers", filepath)
@@ -302,6 +306,14 @@ def _check_kernels(layers, header, filepath):
         )
 
 
+def _pair_of(layer):
+    return tuple(getattr(layer.projection, name) for name in _PAIR)
+
+
+def _described(pair):
+    return ", ".join(f"{name}={x!r}" for name, x in zip(_PAIR, pair))
+
+
 def _used_pair(layers):
     """Returns what `layers` use of A and B: the largest slice of each."""
     slices = [layer.projection_slices() for layer in layers]
@@ -320,7 +332,7 @@ def _check_pair(pair, header, filepath):
     if pair_sha256(*pair) != header["projection_sha256"]:
         raise AdapterFileError(
             f"'{filepath}' was trained with other random matrices than "
-            f"seed={header['seed']}, rank={header['rank']} make here."
+            f"{_described(header[name] for name in _PAIR)} make here."
         )
 
 

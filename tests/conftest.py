@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import plans
 import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings
@@ -18,6 +19,13 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(params=plans.DIFFERENT, ids=str)
+def plan(request):
+    """Runs a test with every form; small models would all be additive."""
+    with plans.forced(request.param):
+        yield request.param
 
 
 @pytest.fixture

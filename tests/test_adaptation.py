@@ -193,8 +193,29 @@ def test_pair_is_shared_and_counted_once():
     assert len({id(x.vera_kernel_a) for x in layers}) == 1
     assert len({id(x.vera_kernel_b) for x in layers}) == 1
     pair = 3 * (8 + 8)
-    own = sum(3 + x._vera_contraction.n for x in layers)
+    own = sum(3 + x.vera_lambda_b.shape[0] for x in layers)
     assert model.count_params() == base + pair + own
+
+
+@pytest.mark.parametrize("structure", ["blocks", "blocks4"])
+def test_structure_changes_the_pair_and_nothing_else(structure, x):
+    dense, model = subclassed(), subclassed()
+    keras_vera.enable_vera(dense, rank=32, targets="all-linear")
+    base = predict(model, x)
+    keras_vera.enable_vera(
+        model, rank=32, targets="all-linear", structure=structure
+    )
+    np.testing.assert_array_equal(predict(model, x), base)
+    assert [tuple(v.shape) for v in model.trainable_variables] == [
+        tuple(v.shape) for v in dense.trainable_variables
+    ]
+    model.compile(keras_vera.vera_optimizer(), "mse")
+    model.fit(x, np.ones((len(x), 3)), epochs=2, verbose=0)
+    spoil(model)
+    outputs = predict(model, x)
+    assert largest_difference(outputs, base) > 0.01
+    keras_vera.merge(model)
+    assert largest_difference(predict(model, x), outputs) < 1e-5
 
 
 def test_two_models_never_share_a_pair():
@@ -383,6 +404,8 @@ def own_call_model():
         (functional, {"d_initial": 0}, "`d_initial` must be"),
         (functional, {"d_initial": float("nan")}, "`d_initial` must be"),
         (functional, {"dropout": 1.0}, "`dropout` must be"),
+        (functional, {"plan": "fold"}, "`plan` must be .* plan='fold'"),
+        (functional, {"structure": "x"}, "`structure` must be .*structure='x'"),
         (functional, {"targets": "qery"}, "'qery' .* Did you mean 'query'"),
         (functional, {"targets": []}, "`targets` must be a role"),
         (functional, {"targets": 3}, "`targets` must be a role"),

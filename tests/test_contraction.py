@@ -1,5 +1,7 @@
 """Every equation as one matrix product, against NumPy's own einsum."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -82,13 +84,39 @@ def check(equation, input_ndim, dims, seed=0):
     matrix = contraction.kernel_matrix(ops.convert_to_tensor(kernel))
     assert tuple(matrix.shape) == (contraction.m, contraction.n)
     rows = contraction.input_matrix(ops.convert_to_tensor(x))
-    y = contraction.output_tensor(ops.matmul(rows, matrix))
+    assert tuple(rows.shape) == (contraction.tokens(shape), contraction.m)
+    y = contraction.output_tensor(ops.matmul(rows, matrix), shape)
     expected = np.einsum(equation, x.astype("float64"), kernel)
     assert tuple(y.shape) == expected.shape
     np.testing.assert_array_equal(ops.convert_to_numpy(y), expected)
+    own = contraction.product(
+        ops.convert_to_tensor(x), ops.convert_to_tensor(kernel)
+    )
+    np.testing.assert_array_equal(ops.convert_to_numpy(own), expected)
+    check_adjoints(contraction, x, rows, expected)
     back = contraction.kernel_tensor(matrix)
     np.testing.assert_array_equal(ops.convert_to_numpy(back), kernel)
     return contraction
+
+
+def check_adjoints(contraction, x, rows, y):
+    """Checks the two ways back, as gradients take them.
+
+    `output_matrix` undoes `output_tensor`. `input_tensor` is the transpose of
+    the linear `input_matrix`: <input_matrix(x), r> = <x, input_tensor(r)>.
+    """
+    shape = x.shape
+    y = ops.convert_to_tensor(y.astype("float32"))
+    there = contraction.output_tensor(contraction.output_matrix(y), shape)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(there), ops.convert_to_numpy(y)
+    )
+    r = integers(np.random.default_rng(1), rows.shape)
+    back = contraction.input_tensor(ops.convert_to_tensor(r), shape)
+    assert tuple(back.shape) == shape
+    assert np.sum(ops.convert_to_numpy(rows) * r) == np.sum(
+        x * ops.convert_to_numpy(back)
+    )
 
 
 def different_dims(equation):
@@ -181,20 +209,24 @@ def test_dense(rng, shape):
         ops.convert_to_numpy(contraction.kernel_tensor(matrix)), kernel
     )
     rows = contraction.input_matrix(ops.convert_to_tensor(x))
-    y = contraction.output_tensor(ops.matmul(rows, matrix))
+    y = contraction.output_tensor(ops.matmul(rows, matrix), shape)
     np.testing.assert_array_equal(ops.convert_to_numpy(y), x @ kernel)
     # A dense layer is the equation that says the same.
-    assert contraction == einsum_contraction(
-        "...x,xy->...y", len(shape), (3, 5)
-    )
+    equation = "...x,xy->...y"
+    same = einsum_contraction(equation, len(shape), (3, 5))
+    assert dataclasses.replace(contraction, equation=equation) == same
 
 
 def test_unknown_sizes_stay_unknown():
     contraction = einsum_contraction("btnh,nhde->bted", 4, (2, 3, 4, 5))
-    x = contraction.input_matrix(keras.KerasTensor((None, None, 2, 3)))
-    assert x.shape == (None, None, 6)
-    y = contraction.output_tensor(keras.KerasTensor((None, None, 20)))
-    assert y.shape == (None, None, 5, 4)
+    shape = (None, None, 2, 3)
+    x = contraction.input_matrix(keras.KerasTensor(shape))
+    assert x.shape == (None, 6)
+    y = contraction.output_tensor(keras.KerasTensor((None, 20)), (2, 7, 2, 3))
+    assert y.shape == (2, 7, 5, 4)
+    # Unknown axes count as 32.
+    assert contraction.tokens(shape) == 32 * 32
+    assert contraction.tokens((2, 7, 2, 3)) == 14
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 
 import keras
 import numpy as np
+import plans
 import pytest
 from gradients import outputs_and_gradients
 from gradients import to_float64
@@ -85,12 +86,17 @@ def reference(equation, layer, x, upstream=None):
     m = int(np.prod([size[axis] for axis in contracted]))
     n = int(np.prod([size[axis] for axis in new]))
     r = len(d)
-    a = to_float64(layer.projection.vera_kernel_a)[:m]
+    blocks = layer.projection.blocks
+    a, b_matrix = plans.full_pair(
+        to_float64(layer.projection.vera_kernel_a),
+        to_float64(layer.projection.vera_kernel_b),
+        *(m, n, r, blocks),
+    )
     a = a.reshape([size[axis] for axis in contracted] + [r])
-    b_matrix = to_float64(layer.projection.vera_kernel_b)[:, :n]
     b_matrix = b_matrix.reshape([r] + [size[axis] for axis in new])
     b = b.reshape([size[axis] for axis in new])
-    scale = np.sqrt(2 / m) * np.sqrt(2 / r)
+    # The fan-in of a block is that of the whole by the number of blocks.
+    scale = np.sqrt(2 * blocks / m) * np.sqrt(2 * blocks / r)
 
     h = np.einsum(f"{inputs},{contracted}R->{kept}", x, a)
     z = scale * np.einsum(f"{kept},R{new}->{outputs}", h * d, b_matrix)
@@ -156,25 +162,28 @@ CASES = [
 ]
 
 
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(
     case=st.sampled_from(CASES),
-    rank=st.sampled_from([1, 4]),
+    rank=st.sampled_from([1, 4, 7]),
+    structure=st.sampled_from(["dense", "blocks2", "blocks3"]),
+    plan=st.sampled_from([None, *plans.ALL]),
     bias=st.booleans(),
     # A neighbour that makes the shared pair larger than the layer needs.
     neighbour=st.sampled_from([None, (99, 1), (70, 80)]),
 )
-def test_outputs_and_gradients(case, rank, bias, neighbour):
+def test_outputs_and_gradients(case, rank, structure, plan, bias, neighbour):
     equation, shape, dims = case
-    projection = SharedProjection(rank=rank, seed=3)
+    projection = SharedProjection(rank=rank, seed=3, structure=structure)
     if neighbour:
         projection.reserve(*neighbour)
     layer = make_layer(*case, bias=bias, projection=projection)
     assert (layer.bias is not None) == bias
     x = np.random.default_rng(5).normal(size=shape).astype("float32")
-    check(equation, layer, x, 1e-5)
+    with plans.forced(plan):
+        check(equation, layer, x, 1e-5)
     # The layer is no other without its neighbours.
-    alone = SharedProjection(rank=rank, seed=3)
+    alone = SharedProjection(rank=rank, seed=3, structure=structure)
     alone = make_layer(*case, bias=bias, projection=alone)
     alone._kernel.assign(ops.convert_to_numpy(layer._kernel))
     assert_close(to_float64(alone(x)), to_float64(layer(x)), 1e-6)
@@ -225,7 +234,8 @@ POLICIES = {
 
 @BOTH
 @pytest.mark.parametrize("policy", POLICIES)
-def test_dtypes(case, policy, rng):
+@pytest.mark.parametrize("plan", plans.ALL, ids=str)
+def test_dtypes(case, policy, plan, rng):
     equation, shape, _ = case
     layer = make_layer(*case, rank=4, dtype=policy)
     twin = plain_twin(layer)
@@ -238,13 +248,17 @@ def test_dtypes(case, policy, rng):
     assert layer._kernel.dtype == twin._kernel.dtype
     for v in (layer.vera_lambda_d, layer.vera_lambda_b):
         assert v.dtype == "float32"
-    check(equation, layer, x, 16 * POLICIES[policy])
+    with plans.forced(plan):
+        check(equation, layer, x, 16 * POLICIES[policy])
 
 
 @BOTH
 @pytest.mark.parametrize("policy", POLICIES)
-def test_starts_exactly_as_the_base(case, policy, rng):
-    layer = make_layer(*case, rank=4, dtype=policy, activation="gelu")
+@pytest.mark.parametrize("plan", ["folded", "additive"])
+def test_starts_exactly_as_the_base(case, policy, plan, rng):
+    layer = make_layer(
+        *case, rank=4, dtype=policy, activation="gelu", plan=plan
+    )
     layer.reset_vectors()
     twin = plain_twin(layer)
     x = rng.normal(size=case[1]).astype("float32")
@@ -660,7 +674,7 @@ def test_config_round_trip(case):
 
 def test_config_has_every_argument():
     config = VeRADense(4, rank=3).get_config()
-    for name in ("units", "rank", "projection", "d_initial", "dropout"):
+    for name in ("units", "rank", "projection", "d_initial", "dropout", "plan"):
         assert name in config
     config = VeRAEinsumDense("ab,bc->ac", 3, rank=3).get_config()
     for name in ("equation", "output_shape", "rank", "projection"):
@@ -762,7 +776,7 @@ def test_masking_is_that_of_the_base(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {len(c[1])}D")
-def test_shapes_and_unknown_batch(case, rng):
+def test_shapes_and_unknown_batch(case, rng, plan):
     equation, shape, dims = case
     layer = make_layer(*case, rank=2)
     x = rng.normal(size=shape).astype("float32")
@@ -780,7 +794,7 @@ def test_shapes_and_unknown_batch(case, rng):
     np.testing.assert_allclose(once, expected[:1], atol=1e-5)
 
 
-def test_unknown_length(rng):
+def test_unknown_length(rng, plan):
     model = spoiled(functional)
     assert model.input_shape == (None, None, 4)
     for length in (1, 3):
@@ -794,12 +808,16 @@ def test_unknown_length(rng):
     CASES,
     ids=lambda c: f"{c[0]} {len(c[1])}D",
 )
-def test_batch_of_length_zero(case):
+def test_batch_of_length_zero(case, plan):
     _, shape, dims = case
     layer = make_layer(*case, rank=2)
-    y = to_float64(layer(np.zeros((0, *shape[1:]), "float32")))
-    assert y.shape == layer.compute_output_shape((0, *shape[1:]))
+    x = np.zeros((0, *shape[1:]), "float32")
+    g = np.zeros(layer.compute_output_shape(x.shape), "float32")
+    y, gradients = outputs_and_gradients(layer, x, g)
+    assert y.shape == g.shape
     assert y.size == 0
+    for name in ("vera_lambda_d", "vera_lambda_b"):
+        np.testing.assert_array_equal(gradients[name], 0)
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -838,6 +856,7 @@ def test_one_step_moves_the_vectors_and_nothing_else(make, jit, x):
             {"rank": 4, "projection": SharedProjection(rank=5)},
             "`rank` must be .*Received: rank=4, projection.rank=5",
         ),
+        ({"plan": "fast"}, "`plan` must be .*Received: plan='fast'"),
         ({"lora_rank": 2}, "`lora_rank` cannot .*Received: lora_rank=2"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",

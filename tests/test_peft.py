@@ -7,9 +7,12 @@ from helpers import largest_difference
 from keras import ops
 
 import keras_vera
-from keras_vera._arithmetic import adapter_product
-from keras_vera._arithmetic import kaiming_factor
+from keras_vera._arithmetic import Layout
+from keras_vera._arithmetic import adapted_product
 from keras_vera._arithmetic import merged_kernel
+from keras_vera._plan import choose_plan
+from keras_vera._structure import Dense
+from keras_vera.layers._contraction import dense_contraction
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -47,18 +50,23 @@ def test_formula_is_that_of_peft(reference, rng):
     x = rng.normal(size=(5, M)).astype("float32")
     expected = to_numpy(reference(torch.from_numpy(x)))
     kernel = to_numpy(layer.base_layer.weight).T
+    layout = Layout(dense_contraction((M, N)), Dense(M, N, RANK))
     # PEFT's matrices include the Kaiming factors, ours get them at use.
-    a = to_numpy(layer.vera_A["default"])[:, :M].T / kaiming_factor(M)
-    b_matrix = to_numpy(layer.vera_B["default"])[:N].T / kaiming_factor(RANK)
+    factor_a, factor_b = layout.structure.factors
+    a = to_numpy(layer.vera_A["default"])[:, :M].T / factor_a
+    b_matrix = to_numpy(layer.vera_B["default"])[:N].T / factor_b
     d = to_numpy(layer.vera_lambda_d["default"])
     b = to_numpy(layer.vera_lambda_b["default"])
     a, b_matrix, d, b, inputs, weights = map(
         ops.convert_to_tensor, (a, b_matrix, d, b, x, kernel)
     )
-    product = adapter_product(inputs, a, b_matrix, d, b)
-    ours = x @ kernel + ops.convert_to_numpy(product)
-    assert largest_difference(ours, expected) < 1e-5
-    merged = merged_kernel(weights, a, b_matrix, d, b)
+    pair = a, b_matrix
+    for name in ("folded", "additive"):
+        plan = choose_plan(len(x), layout.structure, plan=name)
+        ours = adapted_product(inputs, weights, pair, d, b, layout, plan)
+        ours = ops.convert_to_numpy(ours)
+        assert largest_difference(ours, expected) < 1e-5
+    merged = merged_kernel(weights, pair, d, b, layout)
     assert largest_difference(x @ np.array(merged), expected) < 1e-5
     assert largest_difference(expected, x @ kernel) > 0.1
 
@@ -77,7 +85,8 @@ def test_start_has_the_variance_of_peft():
     projection = keras_vera.SharedProjection(rank=256)
     projection.reserve(M, N)
     ours = ops.convert_to_numpy(projection.vera_kernel_a).std()
-    assert ours * kaiming_factor(M) == pytest.approx(theirs, rel=0.05)
+    factor, _ = Dense(M, N, 256).factors
+    assert ours * factor == pytest.approx(theirs, rel=0.05)
 
 
 def test_file_is_smaller_than_peft_default(reference, tmp_path):

@@ -182,19 +182,40 @@ def test_chunks_join():
         max_size=4,
     ),
     rank=st.sampled_from([1, 3, 8]),
+    structure=st.sampled_from(["dense", "blocks2"]),
 )
-def test_growth_appends(sizes, rank):
-    growing = SharedProjection(seed=5, rank=rank)
+def test_growth_appends(sizes, rank, structure):
+    kwargs = {"seed": 5, "rank": rank, "structure": structure}
+    growing = SharedProjection(**kwargs)
     for m, n in sizes:
         growing.reserve(m, n)
         m_max, n_max = np.max(sizes, axis=0)
-        whole_a, whole_b = make_pair(m_max, n_max, seed=5, rank=rank)
+        whole_a, whole_b = make_pair(m_max, n_max, **kwargs)
         a, b = pair(growing)
         assert a.shape[0] >= m and b.shape[1] >= n
         np.testing.assert_array_equal(a, whole_a[: a.shape[0]])
         np.testing.assert_array_equal(b, whole_b[:, : b.shape[1]])
     # No larger than its largest layer.
-    assert (a.shape, b.shape) == ((m_max, rank), (rank, n_max))
+    width = rank if structure == "dense" else 2 * -(-rank // 4)
+    assert (a.shape, b.shape) == ((m_max, width), (width, n_max))
+
+
+def test_blocks_are_smaller_and_of_the_same_stream():
+    # A stored row of 16 blocks has 1024 / 16 entries.
+    a, b = make_pair(32, 48, seed=5, rank=1024, structure="blocks")
+    assert (a.shape, b.shape) == ((32, 64), (64, 48))
+    dense_a, dense_b = make_pair(32, 48, seed=5, rank=64)
+    np.testing.assert_array_equal(a, dense_a)
+    np.testing.assert_array_equal(b, dense_b)
+
+
+@pytest.mark.parametrize(
+    "value", ["block", "blocks1", "blocks0", "blocks-4", "blocks4.5", 4, None]
+)
+def test_unknown_structures_are_refused(value):
+    with pytest.raises(ValueError, match="`structure` must be 'dense', ") as e:
+        SharedProjection(structure=value)
+    assert f"Received: structure={value!r}" in str(e.value)
 
 
 def test_enough_space_changes_nothing():
@@ -358,12 +379,13 @@ def test_numpy_integers_are_integers():
 
 
 def test_config_round_trip():
-    projection = SharedProjection(seed=2**63, rank=3)
+    projection = SharedProjection(seed=2**63, rank=3, structure="blocks2")
     projection.reserve(4, 5)
     text = json.dumps(keras.saving.serialize_keras_object(projection))
     again = keras.saving.deserialize_keras_object(json.loads(text))
     assert again is not projection
     assert (again.seed, again.rank) == (2**63, 3)
+    assert again.structure == "blocks2"
     assert again.get_config() == projection.get_config()
     again.reserve(4, 5)
     for ours, theirs in zip(pair(again), pair(projection), strict=True):

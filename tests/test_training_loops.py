@@ -170,7 +170,7 @@ LOOPS = {
 }
 
 
-def test_loop_by_hand_equals_fit(data):
+def test_loop_by_hand_equals_fit(data, plan):
     model = make_model()
     start = numpy_weights(model)
     losses = LOOPS[backend()](model, data)
@@ -331,7 +331,7 @@ def test_vectors_train_whatever_was_frozen_before(data, frozen):
         assert moved == (id(weight) in expected), weight.path
 
 
-def test_gradient_accumulation(data):
+def test_gradient_accumulation(data, plan):
     data = [array[: 2 * BATCH] for array in data]
     model, expected = make_model(), make_model()
     compile_sgd(model, gradient_accumulation_steps=2)
@@ -343,7 +343,7 @@ def test_gradient_accumulation(data):
 
 
 @pytest.mark.parametrize("mode", ["full", "activations"])
-def test_rematerialization(data, mode):
+def test_rematerialization(data, mode, plan):
     with keras.RematScope(mode=mode):
         model = make_base()
     expected = make_model()

@@ -1,4 +1,4 @@
-"""A layer's product seen as a matrix product `[..., m] x [m, n]`."""
+"""A layer's product seen as a matrix product `[T, m] x [m, n]`."""
 
 import math
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ class Contraction:
 
     input_dims: tuple  # The kernel's contracted dimensions.
     output_dims: tuple  # The kernel's other dimensions.
+    equation: str | None = None  # Of `ops.einsum`; else it is `ops.matmul`.
     summed_axes: tuple = ()  # Axes of the input that are only summed over.
     input_permutation: tuple | None = None
     kernel_permutation: tuple | None = None
@@ -30,24 +31,73 @@ class Contraction:
     def n(self):
         return math.prod(self.output_dims)
 
+    @property
+    def reading(self):
+        """All that `input_matrix` depends on."""
+        return self.input_dims, self.summed_axes, self.input_permutation
+
+    def product(self, x, kernel):
+        """Returns what the base layer computes, in the base layer's way."""
+        if self.equation is None:
+            return ops.matmul(x, kernel)
+        return ops.einsum(self.equation, x, kernel)
+
     def input_matrix(self, x):
-        """Returns `x` as `[..., m]`."""
+        """Returns `x` as `[T, m]`."""
         if self.summed_axes:
             x = ops.sum(x, axis=self.summed_axes)
         if self.input_permutation:
             x = ops.transpose(x, self.input_permutation)
-        if len(self.input_dims) == 1:
-            return x
-        kept = ops.shape(x)[: len(x.shape) - len(self.input_dims)]
-        return ops.reshape(x, (*kept, self.m))
+        return ops.reshape(x, (-1, self.m))
 
-    def output_tensor(self, y):
-        """Returns `y`, `[..., n]`, in the layout of the layer's output."""
-        if len(self.output_dims) != 1:
-            y = ops.reshape(y, (*ops.shape(y)[:-1], *self.output_dims))
+    def input_tensor(self, matrix, shape):
+        """Undoes `input_matrix`; a sum is undone by repetition."""
+        summed = [shape[axis] for axis in self.summed_axes]
+        x = ops.reshape(matrix, (*self._kept(shape), *self.input_dims))
+        if self.input_permutation:
+            x = ops.transpose(x, _inverse(self.input_permutation))
+        if summed:
+            x = ops.expand_dims(x, self.summed_axes)
+            x = ops.broadcast_to(x, shape)
+        return x
+
+    def output_tensor(self, matrix, shape):
+        """Returns `matrix`, `[T, n]`, in the layout of the layer's output.
+
+        Args:
+            matrix: Tensor of shape `(T, n)`.
+            shape: Tuple, the shape of the layer's input.
+        """
+        y = ops.reshape(matrix, (*self._kept(shape), *self.output_dims))
         if self.output_permutation:
             y = ops.transpose(y, self.output_permutation)
         return y
+
+    def output_matrix(self, y):
+        """Undoes `output_tensor`."""
+        if self.output_permutation:
+            y = ops.transpose(y, _inverse(self.output_permutation))
+        return ops.reshape(y, (-1, self.n))
+
+    def tokens(self, shape):
+        """Returns T for an input of this shape.
+
+        TensorFlow traces `fit` for batches of any size, and so do exports:
+        what is unknown counts as 32, the batch size that Keras has by default.
+        """
+        kept = self._kept(shape)
+        return math.prod(x if isinstance(x, int) else 32 for x in kept)
+
+    def _kept(self, shape):
+        """Returns the dimensions of the input that the output has too."""
+        left = [
+            size
+            for axis, size in enumerate(shape)
+            if axis not in self.summed_axes
+        ]
+        permutation = self.input_permutation or range(len(left))
+        count = len(left) - len(self.input_dims)
+        return [left[axis] for axis in permutation][:count]
 
     def kernel_matrix(self, kernel):
         """Returns `kernel` as `[m, n]`."""
@@ -82,7 +132,8 @@ def einsum_contraction(equation, input_ndim, kernel_shape):
         ValueError: If an axis is shared by input, kernel and output, or if
             one operand names an axis twice: such a layer is not one matrix.
     """
-    operands, output = equation.replace(" ", "").split("->")
+    equation = equation.replace(" ", "")
+    operands, output = equation.split("->")
     inputs, kernel = operands.split(",")
     for operand in (inputs, kernel, output):
         letters = operand.replace("...", "")
@@ -113,6 +164,7 @@ def einsum_contraction(equation, input_ndim, kernel_shape):
     return Contraction(
         input_dims=tuple(dims[axis] for axis in contracted),
         output_dims=tuple(dims[axis] for axis in new),
+        equation=equation,
         summed_axes=tuple(input_axes.index(axis) for axis in summed),
         input_permutation=_permutation(left, kept + contracted),
         kernel_permutation=_permutation(kernel_axes, contracted + new),

@@ -78,6 +78,7 @@ class InPlaceVeRA:
             "kernel": kernel_fingerprint(self._kernel),
             "seed": self.projection.seed,
             "rank": self.projection.rank,
+            "structure": self.projection.structure,
         }
 
     def _is_of_this_adapter(self, group):
@@ -89,13 +90,14 @@ def is_adapted(layer):
     return isinstance(layer, VeRALayer)
 
 
-def adapt_layer(layer, projection, d_initial, dropout):
+def adapt_layer(layer, projection, *settings):
     """Turns a built Keras layer into its adapted form, in place.
 
-    If it fails half-way, `restore_layer` undoes it.
+    If it fails half-way, `restore_layer` undoes it. The settings are those of
+    `VeRALayer.attach_vera`.
     """
     layer.__class__ = _adapted_class(type(layer))
-    layer.attach_vera(projection, d_initial, dropout)
+    layer.attach_vera(projection, *settings)
 
 
 def restore_layer(layer, merge=False):

@@ -1,11 +1,10 @@
 """What each kind of Keras layer contributes to its adapted form.
 
-A new layer type starts here: a mixin with the layer's own product and its
-`Contraction`, and a row in `KINDS`.
+A new layer type starts here: a mixin with the layer's `Contraction`, and a row
+in `KINDS`.
 """
 
 import keras
-from keras import ops
 
 from keras_vera.layers._contraction import dense_contraction
 from keras_vera.layers._contraction import einsum_contraction
@@ -13,17 +12,11 @@ from keras_vera.layers._vera_layer import VeRALayer
 
 
 class DenseKind(VeRALayer):
-    def _base_product(self, inputs):
-        return ops.matmul(inputs, self._kernel)
-
     def _make_contraction(self):
         return dense_contraction(self._kernel.shape)
 
 
 class EinsumDenseKind(VeRALayer):
-    def _base_product(self, inputs):
-        return ops.einsum(self.equation, inputs, self._kernel)
-
     def _make_contraction(self):
         return einsum_contraction(
             self.equation, self.input_spec.ndim, self._kernel.shape

@@ -6,6 +6,7 @@ import numpy as np
 from keras_vera import _keras
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
+from keras_vera._checks import check_plan
 from keras_vera.projection import SharedProjection
 from keras_vera.projection import pair_sha256
 
@@ -20,7 +21,7 @@ class StandaloneVeRA:
     bias, vectors and the hash of the projection, which is made again.
     """
 
-    def _init_vera(self, rank, projection, d_initial, dropout):
+    def _init_vera(self, rank, projection, d_initial, dropout, plan):
         if self.lora_rank:
             raise ValueError(
                 "`lora_rank` cannot be combined with VeRA. "
@@ -47,6 +48,7 @@ class StandaloneVeRA:
         self.rank = projection.rank
         self.d_initial = check_d_initial(d_initial)
         self.dropout = check_dropout(dropout)
+        self.plan = check_plan(plan)
         self._shared_projection = projection
         self.identifier = uuid.uuid4().hex
         projection.register(self)
@@ -54,7 +56,9 @@ class StandaloneVeRA:
     def build(self, input_shape):
         super().build(input_shape)
         _keras.freeze_own_variables(self)
-        self.attach_vera(self._shared_projection, self.d_initial, self.dropout)
+        self.attach_vera(
+            self._shared_projection, self.d_initial, self.dropout, self.plan
+        )
 
     def detach_vera(self):
         super().detach_vera()
@@ -71,6 +75,7 @@ class StandaloneVeRA:
             "identifier": self.identifier,
             "d_initial": self.d_initial,
             "dropout": self.dropout,
+            "plan": self.plan,
         }
 
     @classmethod

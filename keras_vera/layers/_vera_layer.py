@@ -4,8 +4,11 @@ import keras
 from keras import ops
 
 from keras_vera import _keras
+from keras_vera._arithmetic import Layout
+from keras_vera._arithmetic import adapted_product
 from keras_vera._arithmetic import adapter_product
 from keras_vera._arithmetic import merged_kernel
+from keras_vera._plan import choose_plan
 
 _ATTRIBUTES = (
     "vera_kernel_a",
@@ -14,7 +17,8 @@ _ATTRIBUTES = (
     "vera_lambda_b",
     "projection",
     "_vera_settings",
-    "_vera_contraction",
+    "_vera_plan",
+    "_vera_layout",
     "_vera_seed_generator",
 )
 
@@ -33,24 +37,27 @@ class VeRALayer:
     `SharedProjection`, whose two variables it tracks (a sub-layer would show
     up in weight files and stop `Model.quantize`).
 
-    A class for one kind of Keras layer adds `_base_product` and
-    `_make_contraction`.
+    A class for one kind of Keras layer adds `_make_contraction`.
     """
 
-    def attach_vera(self, projection, d_initial=0.1, dropout=0.0):
+    def attach_vera(self, projection, d_initial=0.1, dropout=0.0, plan="auto"):
         """Adds the adapter to a built layer: the one place that does.
 
         Args:
             projection: A `SharedProjection`.
             d_initial: Float, every entry of d at the start.
             dropout: Float, the rate at which inputs of the adapter drop out.
+            plan: String, how it is computed; see `choose_plan`.
         """
         contraction = self._make_contraction()
         projection.register(self)
         projection.reserve(contraction.m, contraction.n)
         with _keras.new_state_allowed(self):
-            self._vera_contraction = contraction
+            self._vera_layout = Layout(
+                contraction, projection.structure_of(contraction)
+            )
             self._vera_settings = _Settings(d_initial, dropout)
+            self._vera_plan = plan
             self.projection = projection
             self.vera_lambda_d = self.add_weight(
                 name="vera_lambda_d",
@@ -83,20 +90,15 @@ class VeRALayer:
         """The kernel with the adapter merged, as Keras' LoRA shows it."""
         if not hasattr(self, "vera_lambda_d"):
             return super().kernel
-        contraction = self._vera_contraction
-        a, b_matrix = self.projection_slices()
-        matrix = merged_kernel(
-            contraction.kernel_matrix(self._kernel),
-            a,
-            b_matrix,
-            self.vera_lambda_d,
-            self.vera_lambda_b,
+        return merged_kernel(
+            ops.convert_to_tensor(self._kernel),
+            self.projection_slices(),
+            *self._vectors(),
+            self._vera_layout,
         )
-        return contraction.kernel_tensor(matrix)
 
     def call(self, inputs, training=None):
-        # Not `ops.add`, which takes an empty 2D tensor for a bias.
-        x = self._base_product(inputs) + self._adapter_output(inputs, training)
+        x = self._adapted_product(inputs, training)
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:
@@ -128,25 +130,38 @@ class VeRALayer:
         )
         self.vera_lambda_b.assign(ops.zeros(self.vera_lambda_b.shape))
 
-    def _adapter_output(self, inputs, training):
-        contraction = self._vera_contraction
-        x = contraction.input_matrix(inputs)
-        x = ops.cast(x, self.compute_dtype)
-        if self._vera_settings.dropout and training:
-            x = keras.random.dropout(
-                x, self._vera_settings.dropout, seed=self._vera_seed_generator
-            )
-        a, b_matrix = self.projection_slices()
-        y = adapter_product(
-            x, a, b_matrix, self.vera_lambda_d, self.vera_lambda_b
+    def _adapted_product(self, inputs, training):
+        layout, settings = self._vera_layout, self._vera_settings
+        kernel = ops.convert_to_tensor(self._kernel)
+        pair = self.projection_slices()
+        x = ops.cast(inputs, self.compute_dtype)
+        plan = choose_plan(
+            layout.contraction.tokens(inputs.shape),
+            layout.structure,
+            self.compute_dtype,
+            self._vera_plan,
         )
-        return contraction.output_tensor(y)
+        if settings.dropout and training:
+            # Base and adapter see different inputs.
+            dropped = keras.random.dropout(
+                x, settings.dropout, seed=self._vera_seed_generator
+            )
+            return layout.contraction.product(x, kernel) + adapter_product(
+                dropped, pair, *self._vectors(), layout, plan
+            )
+        return adapted_product(x, kernel, pair, *self._vectors(), layout, plan)
+
+    def _vectors(self):
+        return (
+            ops.convert_to_tensor(self.vera_lambda_d),
+            ops.convert_to_tensor(self.vera_lambda_b),
+        )
 
     def projection_slices(self):
         """Returns `A[:m]` and `B[:, :n]`, without a copy where they are all."""
         a = ops.convert_to_tensor(self.vera_kernel_a)
         b_matrix = ops.convert_to_tensor(self.vera_kernel_b)
-        m, n = self._vera_contraction.m, self._vera_contraction.n
+        m, n = self._vera_layout.contraction.m, self._vera_layout.contraction.n
         if a.shape[0] != m:
             a = a[:m]
         if b_matrix.shape[1] != n:

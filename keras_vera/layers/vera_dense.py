@@ -26,6 +26,8 @@ class VeRADense(StandaloneVeRA, DenseKind, keras.layers.Dense):
             Defaults to `0.1`.
         dropout: Float in `[0, 1)`, the rate of dropout on the input of the
             adapter while training. Defaults to `0.0`.
+        plan: How the output is computed, which changes no result; see
+            `keras_vera.enable_vera`. Defaults to `"auto"`.
         **kwargs: As for `keras.layers.Dense`, without `lora_rank`.
 
     Input shape:
@@ -63,7 +65,8 @@ class VeRADense(StandaloneVeRA, DenseKind, keras.layers.Dense):
         projection=None,
         d_initial=0.1,
         dropout=0.0,
+        plan="auto",
         **kwargs,
     ):
         super().__init__(units, **kwargs)
-        self._init_vera(rank, projection, d_initial, dropout)
+        self._init_vera(rank, projection, d_initial, dropout, plan)

@@ -28,6 +28,8 @@ class VeRAEinsumDense(
             Defaults to `0.1`.
         dropout: Float in `[0, 1)`, the rate of dropout on the input of the
             adapter while training. Defaults to `0.0`.
+        plan: How the output is computed, which changes no result; see
+            `keras_vera.enable_vera`. Defaults to `"auto"`.
         **kwargs: As for `keras.layers.EinsumDense`, without `lora_rank`.
 
     Input shape:
@@ -64,7 +66,8 @@ class VeRAEinsumDense(
         projection=None,
         d_initial=0.1,
         dropout=0.0,
+        plan="auto",
         **kwargs,
     ):
         super().__init__(equation, output_shape, **kwargs)
-        self._init_vera(rank, projection, d_initial, dropout)
+        self._init_vera(rank, projection, d_initial, dropout, plan)

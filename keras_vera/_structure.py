@@ -1,0 +1,236 @@
+"""How A and B are laid out, and the products that the arithmetic is made of.
+
+T: tokens, m: inputs, n: outputs, r: rank. Both structures use the leading
+rows of the stored A and the leading columns of the stored B, whatever m and n
+are, so that one pair serves all layers. What `down` returns, [T, r] in the
+dense structure, goes to `scale`, `up` and `m_of_tokens` as it is.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The pair of the paper. A: [m, r], B: [r, n]."""
+
+    m: int
+    n: int
+    rank: int
+    blocks = 1
+
+    @property
+    def width(self):
+        """The entries of a row of A, or of a column of B, that are stored."""
+        return self.rank
+
+    @property
+    def depth(self):
+        """The terms in the sum for one entry of `A B`."""
+        return self.rank
+
+    @property
+    def factors(self):
+        """The Kaiming factors of A and B (section 3.3 of the paper)."""
+        return math.sqrt(2 / self.m), math.sqrt(2 / self.rank)
+
+    def down(self, x, a):
+        """Returns `x A`."""
+        return ops.matmul(x, a)
+
+    def up(self, h, b_matrix):
+        """Returns `h B`."""
+        return ops.matmul(h, b_matrix)
+
+    def down_transposed(self, v, a):
+        """Returns `v A^T`."""
+        return ops.matmul(v, ops.transpose(a))
+
+    def up_transposed(self, g, b_matrix):
+        """Returns `g B^T`."""
+        return ops.matmul(g, ops.transpose(b_matrix))
+
+    def scale(self, h, d):
+        """Returns `h * d`."""
+        return h * d
+
+    def scale_rows(self, a, d):
+        """Returns `A * d`."""
+        return a * d
+
+    def product(self, a, b_matrix):
+        """Returns `A B`: [m, n]."""
+        return ops.matmul(a, b_matrix)
+
+    def m_of_tokens(self, u, g):
+        """Returns M = `u^T g`, with u = x A and g: [T, n]."""
+        return ops.matmul(ops.transpose(u), g)
+
+    def m_of_kernel(self, a, kernel_gradient):
+        """Returns M = `A^T G`, with G = x^T g: [m, n]."""
+        return ops.matmul(ops.transpose(a), kernel_gradient)
+
+    def sums(self, m_matrix, b_matrix, d, b):
+        """Returns `sum_j B_kj b_j M_kj`: [r] and `sum_k d_k B_kj M_kj`: [n]."""
+        bm = b_matrix * m_matrix
+        return ops.matmul(bm, b), ops.matmul(d, bm)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A and B block-diagonal, with s blocks each (Dao et al., 2022, Monarch).
+
+    Input i is in block `i // ceil(m / s)` of A, output j in block
+    `j // ceil(n / s)` of B. Between them the channels are permuted, such that
+    each pair of blocks has the same number c of channels in common: r is
+    rounded up to `s * s * c`, and the channels that d does not reach, spread
+    evenly, carry nothing. The stored A is [m, s * c] and has for each input
+    its row in its block, channels in the order (block of B, 0..c); the stored
+    B is [s * c, n], channels in the order (block of A, 0..c).
+    """
+
+    m: int
+    n: int
+    rank: int
+    blocks: int
+
+    @property
+    def width(self):
+        return self.blocks * self.depth
+
+    @property
+    def depth(self):
+        return -(-self.rank // self.blocks**2)
+
+    @property
+    def factors(self):
+        # The fan-in of a block.
+        s = self.blocks
+        return math.sqrt(2 * s / self.m), math.sqrt(2 * s / self.rank)
+
+    def down(self, x, a):
+        u = ops.matmul(self._input_blocks(x), self._a(a))
+        return self._exchange(u)
+
+    def up(self, h, b_matrix):
+        z = ops.matmul(h, self._b(b_matrix))
+        return _join(z, self.n)
+
+    def down_transposed(self, v, a):
+        a = ops.transpose(self._a(a), (0, 2, 1))
+        return _join(ops.matmul(self._exchange(v), a), self.m)
+
+    def up_transposed(self, g, b_matrix):
+        b_matrix = ops.transpose(self._b(b_matrix), (0, 2, 1))
+        return ops.matmul(self._output_blocks(g), b_matrix)
+
+    def scale(self, h, d):
+        return h * self._channels(d)[:, None, :]
+
+    def scale_rows(self, a, d):
+        d = self._exchange(self._channels(d)[:, None, :])
+        return ops.reshape(self._a(a) * d, (-1, a.shape[1]))[: self.m]
+
+    def product(self, a, b_matrix):
+        s, c = self.blocks, self.depth
+        a = ops.reshape(self._a(a), (s, -1, s, c))
+        b_matrix = ops.reshape(self._b(b_matrix), (s, s, c, -1))
+        # For each pair of blocks, [m / s, c] x [c, n / s].
+        pairs = ops.matmul(
+            ops.transpose(a, (0, 2, 1, 3)),
+            ops.transpose(b_matrix, (1, 0, 2, 3)),
+        )
+        rows = ops.transpose(pairs, (0, 2, 1, 3))
+        rows = ops.reshape(rows, (s * a.shape[1], s * b_matrix.shape[3]))
+        return rows[: self.m, : self.n]
+
+    def m_of_tokens(self, u, g):
+        u = ops.transpose(u, (0, 2, 1))
+        return ops.matmul(u, self._output_blocks(g))
+
+    def m_of_kernel(self, a, kernel_gradient):
+        s, c = self.blocks, self.depth
+        a = ops.reshape(self._a(a), (s, -1, s, c))
+        g = _pad(_pad(kernel_gradient, s * a.shape[1], 0), self._columns, 1)
+        g = ops.reshape(g, (s, a.shape[1], s, -1))
+        pairs = ops.matmul(
+            ops.transpose(a, (0, 2, 3, 1)), ops.transpose(g, (0, 2, 1, 3))
+        )
+        pairs = ops.transpose(pairs, (1, 0, 2, 3))
+        return ops.reshape(pairs, (s, s * c, g.shape[3]))
+
+    def sums(self, m_matrix, b_matrix, d, b):
+        bm = self._b(b_matrix) * m_matrix
+        b = ops.reshape(_pad(b, self._columns, 0), (self.blocks, -1, 1))
+        of_channels = ops.reshape(ops.matmul(bm, b), (-1,))
+        of_outputs = ops.matmul(self._channels(d)[:, None, :], bm)
+        return (
+            ops.take(of_channels, self._positions()),
+            ops.reshape(of_outputs, (-1,))[: self.n],
+        )
+
+    @property
+    def _columns(self):
+        return self.blocks * -(-self.n // self.blocks)
+
+    def _positions(self):
+        """Where the entries of d are among all channels."""
+        channels = self.blocks**2 * self.depth
+        return np.arange(self.rank) * channels // self.rank
+
+    def _channels(self, d):
+        """Returns d by (block of B, channels of that block)."""
+        channels = self.blocks**2 * self.depth
+        if channels != self.rank:
+            source = np.full(channels, self.rank)
+            source[self._positions()] = np.arange(self.rank)
+            d = ops.take(_pad(d, self.rank + 1, 0), source)
+        return ops.reshape(d, (self.blocks, -1))
+
+    def _exchange(self, u):
+        """Permutes channels, [s, T, s * c], from A's order to B's or back."""
+        s, c = self.blocks, self.depth
+        u = ops.reshape(u, (s, -1, s, c))
+        u = ops.transpose(u, (2, 1, 0, 3))
+        return ops.reshape(u, (s, -1, s * c))
+
+    def _a(self, a):
+        """Returns A by blocks: [s, m / s, s * c]."""
+        rows = self.blocks * -(-self.m // self.blocks)
+        return ops.reshape(_pad(a, rows, 0), (self.blocks, -1, self.width))
+
+    def _b(self, b_matrix):
+        """Returns B by blocks: [s, s * c, n / s]."""
+        return self._output_blocks(b_matrix)
+
+    def _input_blocks(self, x):
+        return _split(x, self.blocks, self.m)
+
+    def _output_blocks(self, g):
+        return _split(g, self.blocks, self.n)
+
+
+def _split(x, blocks, size):
+    """Returns [T, size] as [blocks, T, ceil(size / blocks)]."""
+    block = -(-size // blocks)
+    x = ops.reshape(_pad(x, blocks * block, 1), (-1, blocks, block))
+    return ops.transpose(x, (1, 0, 2))
+
+
+def _join(x, size):
+    """Undoes `_split`."""
+    blocks, _, block = x.shape
+    x = ops.reshape(ops.transpose(x, (1, 0, 2)), (-1, blocks * block))
+    return x if blocks * block == size else x[:, :size]
+
+
+def _pad(x, size, axis):
+    missing = size - x.shape[axis]
+    if not missing:
+        return x
+    widths = [(0, 0)] * len(x.shape)
+    widths[axis] = (0, missing)
+    return ops.pad(x, widths)
