@@ -66,7 +66,7 @@ In a notebook, change the defaults here.
 parser = argparse.ArgumentParser()
 parser.add_argument("--preset", help="a KerasHub preset; default: MiniLM-L6")
 parser.add_argument("--data", help="lines of label<TAB>text; default: Keras")
-parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--epochs", type=int, default=6)
 parser.add_argument("--batch_size", type=int, default=32)
 parser.add_argument("--rank", type=int, default=128, help="rank of VeRA")
 parser.add_argument("--seed", type=int, default=0)
@@ -78,14 +78,12 @@ args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 # Found on the validation sentences of the default data, with seed 0.
 LEARNING_RATES = {
     "head": 1e-2,
-    "lora": 3e-3,
-    "vera": 3e-2,
-    "vera_head": 5e-3,
+    "lora": 1e-2,
+    "vera": 1e-2,
+    "vera_head": 1e-2,
 }
 SEQUENCE_LENGTH = 32
 LORA_RANK = 8
-# One more adapted layer costs VeRA little: its vectors are short.
-TARGETS = ["attention", "feedforward_output_dense"]
 NAMESPACES = """applications callbacks datasets initializers layers losses
 metrics ops optimizers quantizers saving utils""".split()
 
@@ -375,17 +373,22 @@ train_and_test(
 """
 ## VeRA
 
-With so few numbers to train for each layer, VeRA can adapt more of them: here
-all four projections of attention, and the last layer of each feed-forward
-block. On the query and value projections alone, at rank 1024, it stayed 4
-points behind LoRA on these sentences. The vectors want a learning rate of
-their own, several times that of the head, and `keras_vera.vera_optimizer`
-gives it to them.
+With so few numbers to train for each layer, VeRA can adapt all of them: the
+projections of attention and both layers of each feed-forward block. On the
+query and value projections alone, it stayed some points behind LoRA on these
+sentences.
+
+`keras_vera.vera_optimizer` gives the vectors a learning rate of their own. The
+smaller `d` starts, the higher it has to be: the paper's 0.1 wants 3e-2 here,
+several times the rate of the head; with a start of 1.0, which did a little
+better, the rate of the head does for the vectors as well.
 """
 
 # %%
 vera = make_classifier()
-keras_vera.enable_vera(vera, rank=args.rank, seed=args.seed, targets=TARGETS)
+keras_vera.enable_vera(
+    vera, rank=args.rank, seed=args.seed, targets="all-linear", d_initial=1.0
+)
 keras_vera.summary(vera)
 optimizer = keras_vera.vera_optimizer(
     vectors=adam(LEARNING_RATES["vera"]), rest=adam(LEARNING_RATES["vera_head"])
