@@ -1,0 +1,34 @@
+"""The benchmarks run, at a tiny size."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from helpers import backend
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def test_step(tmp_path):
+    sizes = "--hidden 64 --heads 2 --ffn 128 --batch 16 --sequence 16".split()
+    methods = ["naive VeRA 256", "VeRA 256 blocks"]
+    run = subprocess.run(
+        [
+            *(sys.executable, FOLDER / "step.py", "--backends", backend()),
+            *("--targets", "qv", "--rounds", "2", *sizes),
+            *("--methods", *methods, "--output_dir", tmp_path),
+        ],
+        env={**os.environ, "MPLBACKEND": "agg"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    flops = dict(
+        re.findall(r"^(\S.*?) +(\d\.\d{3}) +.* to ", run.stdout, re.MULTILINE)
+    )
+    assert set(flops) == {"floor", *methods}
+    assert float(flops["floor"]) == 1
+    assert float(flops["VeRA 256 blocks"]) < float(flops["naive VeRA 256"])
+    assert (tmp_path / "step.png").stat().st_size > 1000
