@@ -282,6 +282,26 @@ def test_only_x_is_kept_for_the_backward_pass(plan, structure, rng):
         assert shapes.count((M, N)) == own + plan.kept
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="Only PyTorch can tell.")
+def test_nothing_is_kept_for_a_gradient_that_nobody_wants(rng):
+    # As in the first block of a model, whose input is frozen.
+    import torch
+
+    layer = make_layer()
+    x = ops.convert_to_tensor(rng.normal(size=(T, M)).astype("float32"))
+    own = {v.value.data_ptr() for v in layer.weights} | {x.data_ptr()}
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with plans.forced(Plan(folded=True, kept=True, m_from_kernel=True)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+    assert kept and set(kept) <= own
+
+
 def hessian(layer, x):
     """Returns all second derivatives of `sum(sin(layer(x)))`, of d, b, x."""
     sizes = [*(v.shape[0] for v in layer.trainable_variables), x.size]
