@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from helpers import backend
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -32,3 +33,31 @@ def test_step(tmp_path):
     assert float(flops["floor"]) == 1
     assert float(flops["VeRA 256 blocks"]) < float(flops["naive VeRA 256"])
     assert (tmp_path / "step.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(
+    backend() != "torch", reason="Nothing in it depends on the backend."
+)
+def test_quality(tmp_path):
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    for part in ("train", "dev", "test"):
+        (folder / f"{part}.txt").write_text(
+            "".join(
+                f"{label} a {word} that is {part} of {letter * 3}\n"
+                for letter in "abcdefgh"
+                for label, word in ((0, "failure"), (1, "success"))
+            )
+        )
+    run = subprocess.run(
+        [
+            *(sys.executable, FOLDER / "quality.py", "--data", tmp_path),
+            *("--seeds", "1", "--epochs", "1", "--limit", "4", "--rank", "16"),
+            *("--structures", "blocks4"),
+        ],
+        env={**os.environ, "MPLBACKEND": "agg"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert len(re.findall("^blocks4 +mean ", run.stdout, re.M)) == 2
