@@ -66,9 +66,9 @@ In a notebook, change the defaults here.
 parser = argparse.ArgumentParser()
 parser.add_argument("--preset", help="a KerasHub preset; default: MiniLM-L6")
 parser.add_argument("--data", help="lines of label<TAB>text; default: Keras")
-parser.add_argument("--epochs", type=int, default=6)
+parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--batch_size", type=int, default=32)
-parser.add_argument("--rank", type=int, default=128, help="rank of VeRA")
+parser.add_argument("--rank", type=int, default=256, help="rank of VeRA")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--limit", type=int, help="cap on sentences per split")
 parser.add_argument("--output_dir", default="text_classification_output")
@@ -357,9 +357,9 @@ train_and_test("Head alone", classifier, adam(LEARNING_RATES["head"]))
 """
 ## LoRA
 
-Keras' own LoRA, on the query and value projections of attention. KerasHub also
-unfreezes the biases of these layers, which adds 768 numbers per block of
-MiniLM to what trains.
+Keras' own LoRA, on the query and value projections of attention. It gives each
+attention head a matrix of its own, and KerasHub also unfreezes the biases of
+these layers, which adds 768 numbers per block of MiniLM to what trains.
 """
 
 # %%
