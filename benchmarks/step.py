@@ -110,8 +110,11 @@ def floor(backbone, targets):
 
 
 def keras_lora(backbone, targets):
-    backbone.trainable = False
-    # As `backbone.enable_lora` does it: the bias trains as well.
+    # As `backbone.enable_lora` does it: the bias trains as well, and the
+    # backbone itself stays trainable, or it would list no variables.
+    backbone.trainable = True
+    for layer in backbone._flatten_layers(include_self=False):
+        layer.trainable = False
     for layer in target_layers(backbone, targets):
         layer.trainable = True
         layer.enable_lora(8)
@@ -447,6 +450,7 @@ def run_backend(args):
             continue
         model = make_backbone(args)
         adapt(model, targets)
+        assert model.trainable_variables, f"{name} trains nothing."
         nonzero_vectors(model)
         steps[name] = make_step(model, args)
     rows = rows_of(steps, args, "floor")

@@ -1,30 +1,48 @@
-"""The adapter file as bytes; `adapter_file.py` says what is in it."""
+"""The adapter file as bytes; `docs/adapter-format.md` specifies it, and
+`adapter_file.py` says what is in it."""
 
+import contextlib
+import hashlib
 import json
+import math
 import os
+import stat
 import tempfile
 
+import ml_dtypes  # noqa: F401 - lets NumPy know bfloat16.
+import numpy as np
 import safetensors
 import safetensors.numpy
 
 EXTENSION = ".vera.safetensors"
 FORMAT_VERSION = 1
 _HEADER = "keras_vera"
-_HEADER_KEYS = (
-    "rank",
-    "seed",
-    "d_initial",
-    "dropout",
-    "targets",
-    "bases",
-    "structure",
-    "layers",
-    "projection_sha256",
-)
+_HEADER_KEYS = {
+    "rank": int,
+    "seed": int,
+    "structure": str,
+    "d_initial": float,
+    "dropout": float,
+    "targets": (str, list, type(None)),
+    "bases": list,
+    "layers": list,
+    "projection_sha256": str,
+}
+_LAYER_KEYS = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
+_VECTOR = "vera_lambda_d"
+_NO_SHA256 = "0" * 64
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Names of safetensors and of NumPy.
+_DTYPES = {f"{k}{8 * n}": f"{k.lower()}{n}" for k in "IU" for n in (1, 2, 4, 8)}
+_DTYPES.update(_FLOATS, F64="float64", BOOL="bool")
 
 
-class AdapterFileError(ValueError):
-    """An adapter file is damaged, or does not fit the model."""
+class AdapterFileError(OSError, ValueError):
+    """An adapter file cannot be read or written, is damaged, or does not fit.
+
+    Whatever is wrong with a file ends in this error; the model and an older
+    file are then as they were.
+    """
 
 
 def check_filepath(filepath):
@@ -37,6 +55,14 @@ def check_filepath(filepath):
     return filepath
 
 
+def check_file_dtype(dtype):
+    if dtype not in _FLOATS.values():
+        raise ValueError(
+            f"`dtype` must be one of {', '.join(map(repr, _FLOATS.values()))}."
+            f" Received: dtype={dtype!r}"
+        )
+
+
 def write(filepath, header, tensors):
     """Writes a file in one step: all of it, or none of it.
 
@@ -45,9 +71,23 @@ def write(filepath, header, tensors):
         header: Dict of what JSON can hold.
         tensors: Dict of NumPy arrays by entry name.
     """
+    # A layer's path is in the names of its entries, in the same order.
+    layers = [
+        [layer[key] for key in _LAYER_KEYS]
+        for _, layer in sorted(header["layers"].items())
+    ]
+    header = {**header, "layers": layers, "sha256": _NO_SHA256}
     # One entry: safetensors writes several in an order that varies.
-    metadata = {_HEADER: json.dumps(header)}
+    metadata = {_HEADER: json.dumps(header, separators=(",", ":"))}
     content = safetensors.numpy.save(tensors, metadata=metadata)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    place = _place_of_sha256(content)
+    content = content[:place] + digest + content[place + len(digest) :]
+    with _errors_about(filepath, "could not be written"):
+        _write_atomically(filepath, content)
+
+
+def _write_atomically(filepath, content):
     folder = os.path.dirname(filepath) or "."
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
     try:
@@ -66,31 +106,167 @@ def write(filepath, header, tensors):
 
 
 def read(filepath):
-    """Returns the header and the entries of an adapter file."""
-    try:
-        with safetensors.safe_open(filepath, framework="numpy") as file:
-            raw = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(
-            f"'{filepath}' is not an adapter file, or is damaged: {error}"
-        ) from None
-    try:
-        header = json.loads(raw[_HEADER])
-    except (KeyError, ValueError):
-        header = None
-    if not isinstance(header, dict):
-        raise AdapterFileError(
-            f"'{filepath}' is not an adapter file of keras_vera: its metadata "
-            f"has no JSON object named '{_HEADER}'."
-        )
-    if header.get("format_version") != FORMAT_VERSION:
-        raise AdapterFileError(
-            f"'{filepath}' has format version {header.get('format_version')}. "
-            f"This version of keras_vera reads {FORMAT_VERSION}; install a "
-            "newer one."
-        )
-    missing = [key for key in _HEADER_KEYS if key not in header]
-    if missing:
-        raise AdapterFileError(f"The header of '{filepath}' lacks {missing}.")
+    """Returns the header and the entries of an adapter file, all checked.
+
+    Args:
+        filepath: String or path.
+
+    Returns:
+        The header, a dict, whose `"layers"` are a dict by structural path;
+        and a dict of NumPy arrays by entry name, 16-bit floats as float32.
+
+    Raises:
+        AdapterFileError: If anything is wrong with the file.
+    """
+    header, _ = read_header(filepath)
+    with _errors_about(filepath, "is damaged"):
+        with open(filepath, "rb") as file:
+            content = file.read()
+        place = _place_of_sha256(content, header["sha256"])
+        blank = _NO_SHA256.encode()
+        digest = hashlib.sha256(content[:place])
+        digest.update(blank)
+        digest.update(content[place + len(blank) :])
+        if digest.hexdigest() != header["sha256"]:
+            raise ValueError("its bytes do not give its SHA-256.")
+        tensors = {}
+        # `safetensors.numpy.load` does not know bfloat16.
+        for name, entry in safetensors.deserialize(content):
+            dtype = np.dtype(_DTYPES[entry["dtype"]]).newbyteorder("<")
+            array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+            if entry["dtype"] in _FLOATS:
+                array = array.astype("float32")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(f"'{name}' holds NaN or infinity.")
+            tensors[name] = array
     return header, tensors
+
+
+def read_header(filepath):
+    """Reads what comes before the numbers, and checks it.
+
+    Nothing of the size that a file claims is allocated before it is compared
+    with the size that the file has.
+
+    Args:
+        filepath: String or path.
+
+    Returns:
+        The header, as `read` gives it; and a dict of `(dtype, shape)` by entry
+        name, with the dtype as safetensors names it.
+
+    Raises:
+        AdapterFileError: If anything is wrong with what was read.
+    """
+    with _errors_about(filepath, "is not an adapter file, or is damaged"):
+        # A pipe would be waited for without end.
+        if not stat.S_ISREG(os.stat(filepath).st_mode):
+            raise ValueError("it is not a regular file.")
+        with safetensors.safe_open(filepath, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            entries = {
+                name: (part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+        if _HEADER not in metadata:
+            raise ValueError(
+                "its metadata has no JSON object named 'keras_vera'."
+            )
+        with open(filepath, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            _parsed(file.read(length))  # For names that occur twice.
+        header = _parsed(metadata[_HEADER])
+        _check_header(header, entries)
+        paths = sorted(
+            name[: -len(_VECTOR)].rstrip("/")
+            for name in entries
+            if name == _VECTOR or name.endswith("/" + _VECTOR)
+        )
+        _check_layers(header["layers"], paths)
+        layers = [dict(zip(_LAYER_KEYS, row)) for row in header["layers"]]
+        header["layers"] = dict(zip(paths, layers))
+    return header, entries
+
+
+@contextlib.contextmanager
+def _errors_about(filepath, what):
+    """Turns what goes wrong inside into an error that names the file."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterFileError(f"'{filepath}' {what}: {reason}") from error
+
+
+def _parsed(text):
+    def distinct(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if len(names) != len(set(names)):
+            raise ValueError(f"its header has {twice} twice.")
+        return dict(pairs)
+
+    def refuse(constant):
+        raise ValueError(f"its header holds {constant}.")
+
+    return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
+
+
+def _check_header(header, entries):
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object.")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"it has format version {header.get('format_version')!r}. This "
+            f"version of keras_vera reads {FORMAT_VERSION}; install a newer "
+            "one."
+        )
+    for name, kind in {**_HEADER_KEYS, "sha256": str}.items():
+        if name not in header:
+            raise ValueError(f"its header lacks '{name}'.")
+        value = header[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"its header has {name}={value!r}.")
+    if len(header["sha256"]) != len(_NO_SHA256):
+        raise ValueError("its SHA-256 has another length.")
+    for name in ("bases", "targets"):
+        if isinstance(header[name], list) and not all(
+            isinstance(item, str) for item in header[name]
+        ):
+            raise ValueError(f"its header has {name}={header[name]!r}.")
+    for name, (dtype, _) in entries.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"'{name}' has dtype {dtype}.")
+
+
+def _check_layers(rows, paths):
+    if len(rows) != len(paths):
+        raise ValueError(
+            f"its header describes {len(rows)} layers, and it has the vectors "
+            f"of {len(paths)}."
+        )
+    for row in rows:
+        fits = (
+            isinstance(row, list)
+            and list(map(type, row)) == [list, str, str]
+            and all(type(size) is int and size > 0 for size in row[0])
+            and math.prod(row[0]) < 2**63
+        )
+        if not fits:
+            raise ValueError(f"its header describes a layer as {row!r}.")
+
+
+def _place_of_sha256(content, digest=_NO_SHA256):
+    """Returns where the checksum stands in the bytes of a file."""
+    length = 8 + int.from_bytes(content[:8], "little")
+    # As JSON within JSON, which escapes the quotation marks.
+    field = f'\\"sha256\\":\\"{digest}\\"'.encode()
+    if content.count(field, 8, length) != 1:
+        raise ValueError("its header does not say its SHA-256 once.")
+    return content.index(field, 8, length) + field.index(digest.encode())

@@ -47,12 +47,12 @@ def check_structure(value):
     """Returns the number of blocks that `structure` names; 1 if dense."""
     if value == "dense":
         return 1
-    found = isinstance(value, str) and re.fullmatch(r"blocks(\d*)", value)
+    found = isinstance(value, str) and re.fullmatch(r"blocks(\d{0,3})", value)
     blocks = int(found[1] or 16) if found else 0
-    if blocks < 2:
+    if not 2 <= blocks <= 256:
         raise ValueError(
             "`structure` must be 'dense', 'blocks' (16 blocks), or 'blocks' "
-            "with a number of blocks of at least 2, such as 'blocks4'. "
+            "with a number of blocks from 2 to 256, such as 'blocks4'. "
             f"Received: structure={value!r}"
         )
     return blocks
