@@ -20,7 +20,11 @@ def kernel_fingerprint(kernel):
     """
     size = int(np.prod(kernel.shape))
     flat = ops.reshape(kernel, (size,))
-    indices = np.linspace(0, size - 1, min(size, _SAMPLES)).astype("int32")
-    sample = ops.convert_to_numpy(ops.take(flat, indices, axis=0))
+    count = min(size, _SAMPLES)
+    # In integers: rounding must not decide which entries are meant.
+    indices = np.arange(count) * (size - 1) // max(count - 1, 1)
+    sample = ops.convert_to_numpy(
+        ops.take(flat, indices.astype("int32"), axis=0)
+    )
     sample = np.ascontiguousarray(sample.astype("<f4"))
     return hashlib.sha256(sample).hexdigest()[:16]

@@ -34,8 +34,8 @@ def choose_plan(tokens, structure, dtype="float32", plan="auto"):
     the additive form 2Tr(m + n); M costs 2Tr(m + n) from the tokens and
     2Tmn + 2mnr from the kernel. Structured pairs divide all that carries r.
 
-    The folded kernel is kept for the backward pass where it is small beside
-    the input, which is kept anyway: at most a quarter of its bytes.
+    The folded kernel is kept for the backward pass where it is not larger
+    than the input, which is kept anyway; Keras' LoRA always keeps its own.
 
     Args:
         tokens: Integer, the rows of the layer's input seen as a matrix.
@@ -58,5 +58,5 @@ def choose_plan(tokens, structure, dtype="float32", plan="auto"):
     of_tokens = 2 * tokens * width * (m + n) + balance * 2 * tokens * width
     of_kernel = 2 * m * n * (tokens + depth) + balance * 2 * m * n
     folded = fold < add if plan == "auto" else plan != "additive"
-    kept = 4 * n <= tokens if plan == "auto" else plan == "folded-kept"
+    kept = n <= tokens if plan == "auto" else plan == "folded-kept"
     return Plan(folded, folded and kept, of_kernel < of_tokens)

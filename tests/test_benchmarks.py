@@ -61,3 +61,14 @@ def test_quality(tmp_path):
         check=True,
     )
     assert len(re.findall("^blocks4 +mean ", run.stdout, re.M)) == 2
+
+
+def test_fuzz_adapter_file():
+    output = subprocess.check_output(
+        [sys.executable, FOLDER / "fuzz_adapter_file.py", "--files", "5000"],
+        text=True,
+    )
+    assert "5,000 files in" in output
+    assert "refused" in output
+    assert "ANOTHER ERROR" not in output
+    assert "CHANGED, READ" not in output

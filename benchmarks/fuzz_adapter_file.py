@@ -1,0 +1,170 @@
+"""Reads mutated adapter files; counts what happens.
+
+A reader may do one of two things with a file that is not what was written:
+raise `AdapterFileError`, or (which no mutation here should reach, as a
+checksum covers every byte) accept it. Anything else, another exception or a
+dead process, is a finding.
+
+    python benchmarks/fuzz_adapter_file.py --files 1000000
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import struct
+import tempfile
+import time
+
+import numpy as np
+
+from keras_vera import AdapterFileError
+from keras_vera import _adapter_format
+
+
+def original(folder):
+    """Returns the bytes of a small adapter of two layers and a head."""
+    path = os.path.join(folder, "original.vera.safetensors")
+    rng = np.random.default_rng(0)
+    layer = {
+        "kernel_shape": [8, 6],
+        "kernel_dtype": "float32",
+        "kernel_fingerprint": "0123456789abcdef",
+    }
+    header = {
+        "format_version": _adapter_format.FORMAT_VERSION,
+        "rank": 4,
+        "seed": 0,
+        "structure": "dense",
+        "d_initial": 0.1,
+        "dropout": 0.0,
+        "targets": "attention-qv",
+        "bases": ["backbone"],
+        "layers": {"backbone/query": layer, "backbone/value": layer},
+        "projection_sha256": "0" * 64,
+    }
+    tensors = {"head/kernel": rng.normal(size=(6, 3)).astype("float32")}
+    for path_of_layer in header["layers"]:
+        for name, size in (("vera_lambda_d", 4), ("vera_lambda_b", 6)):
+            values = rng.normal(size=size).astype("float32")
+            tensors[f"{path_of_layer}/{name}"] = values
+    _adapter_format.write(path, header, tensors)
+    return pathlib.Path(path).read_bytes()
+
+
+def flip_bits(content, rng):
+    for _ in range(rng.randint(1, 8)):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+
+
+def set_bytes(content, rng):
+    for _ in range(rng.randint(1, 8)):
+        content[rng.randrange(len(content))] = rng.choice(
+            b'\0\xff0129-.{}[]",:\\eE' + bytes([rng.randrange(256)])
+        )
+
+
+def truncate(content, rng):
+    del content[rng.randrange(len(content)) :]
+
+
+def delete(content, rng):
+    start = rng.randrange(len(content))
+    del content[start : start + rng.randint(1, 64)]
+
+
+def repeat(content, rng):
+    start, place = rng.randrange(len(content)), rng.randrange(len(content))
+    content[place:place] = content[start : start + rng.randint(1, 64)]
+
+
+def lie_about_the_header(content, rng):
+    length = rng.choice([0, 1, 2**31, 2**32, 2**63, 2**64 - 1, None])
+    if length is None:
+        length = rng.randrange(2 * len(content))
+    content[:8] = struct.pack("<Q", length)
+
+
+def change_a_number(content, rng):
+    """Changes one number of the header, such as a shape or an offset."""
+    (length,) = struct.unpack("<Q", content[:8])
+    index = content[8 : 8 + length].decode()
+    places = [i for i, c in enumerate(index) if c.isdigit()]
+    place = rng.choice(places)
+    value = rng.choice(["-1", "0", "1e999", "4294967296", "9" * 30, "null"])
+    index = index[:place] + value + index[place + 1 :]
+    content[:] = (
+        struct.pack("<Q", len(index))
+        + index.encode()
+        + bytes(content[8 + length :])
+    )
+
+
+def change_the_index(content, rng):
+    """Replaces a value of the outer header by one of another type."""
+    (length,) = struct.unpack("<Q", content[:8])
+    index = json.loads(bytes(content[8 : 8 + length]))
+    name = rng.choice(list(index))
+    value = rng.choice([None, [], {}, "x", -1, 2**70, [[[]]], True])
+    if isinstance(index[name], dict) and rng.random() < 0.7:
+        index[name][rng.choice(list(index[name]))] = value
+    else:
+        index[name] = value
+    text = json.dumps(index).encode()
+    content[:] = (
+        struct.pack("<Q", len(text)) + text + bytes(content[8 + length :])
+    )
+
+
+MUTATIONS = [
+    flip_bits,
+    set_bytes,
+    truncate,
+    delete,
+    repeat,
+    lie_about_the_header,
+    change_a_number,
+    change_the_index,
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--files", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    counts = collections.Counter()
+    start = time.perf_counter()
+    # In memory where there is such a folder.
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        unchanged = original(folder)
+        path = os.path.join(folder, "mutated.vera.safetensors")
+        for _ in range(args.files):
+            content = bytearray(unchanged)
+            mutation = rng.choice(MUTATIONS)
+            mutation(content, rng)
+            with open(path, "wb") as file:
+                file.write(content)
+            try:
+                _adapter_format.read(path)
+                same = content == unchanged
+                outcome = "unchanged, read" if same else "CHANGED, READ"
+            except AdapterFileError:
+                outcome = "refused"
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                outcome = f"ANOTHER ERROR, {type(error).__name__}"
+            counts[mutation.__name__, outcome] += 1
+    for (mutation, outcome), count in sorted(counts.items()):
+        print(f"{mutation:22}{outcome:24}{count:>10,}")
+    seconds = time.perf_counter() - start
+    print(f"{sum(counts.values()):,} files in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
