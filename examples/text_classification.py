@@ -434,6 +434,20 @@ np.testing.assert_allclose(merged_logits, logits, rtol=0, atol=1e-4)
 
 # %% [markdown]
 """
+Where every kilobyte counts, half floats do.
+"""
+
+# %%
+half_path = output_dir / "keras_docs_float16.vera.safetensors"
+keras_vera.save_adapter(vera, half_path, dtype="float16")
+half_size = half_path.stat().st_size
+keras_vera.load_adapter(vera, half_path)
+half_logits = vera.predict(x_test, verbose=0)
+agree = np.mean(half_logits.argmax(-1) == logits.argmax(-1))
+print(f"{half_path.name}: {half_size / 1000:.1f} kB, {agree:.2%} agree")
+
+# %% [markdown]
+"""
 ## Results
 
 The accuracy is that on the test sentences. The bytes are those of the adapter

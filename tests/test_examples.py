@@ -31,7 +31,7 @@ def test_text_classification(tmp_path):
             assert method in table
         folder = tmp_path / "text_classification_output"
         assert (folder / "learning_curves.png").stat().st_size > 10_000
-        assert len(list(folder.glob("*.vera.safetensors"))) == 1
+        assert len(list(folder.glob("*.vera.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
