@@ -72,3 +72,16 @@ def test_fuzz_adapter_file():
     assert "refused" in output
     assert "ANOTHER ERROR" not in output
     assert "CHANGED, READ" not in output
+
+
+def test_adapters():
+    output = subprocess.check_output(
+        [
+            *(sys.executable, FOLDER / "adapters.py", "--hidden", "64"),
+            *("--layers", "1", "--rank", "8"),
+        ],
+        text=True,
+    )
+    # Two layers, each 8 and 64 numbers.
+    assert "bytes for 144 numbers" in output
+    assert re.search(r"^loaded .* in \d+ ms$", output, re.M)
