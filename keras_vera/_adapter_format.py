@@ -1,6 +1,7 @@
 """The adapter file as bytes; `docs/adapter-format.md` specifies it, and
 `adapter_file.py` says what is in it."""
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -206,11 +207,12 @@ def _errors_about(filepath, what):
 
 def _parsed(text):
     def distinct(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if len(names) != len(set(names)):
-            raise ValueError(f"its header has {twice} twice.")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            counts = collections.Counter(name for name, _ in pairs)
+            name, count = counts.most_common(1)[0]
+            raise ValueError(f"its header has {name!r} {count} times.")
+        return found
 
     def refuse(constant):
         raise ValueError(f"its header holds {constant}.")
