@@ -178,29 +178,28 @@ def _vector_gradients(x, g, a, b_matrix, d, b, layout, plan, once):
     # Sums over all tokens overflow in float16.
     is_float16 = backend.standardize_dtype(x.dtype) == "float16"
     dtype = exact if is_float16 else x.dtype
-    factor_a, factor_b = structure.factors
     g = ops.cast(g, dtype)
     if plan.m_from_kernel:
-        scaled = ops.cast(x * factor_a, dtype)
-        kernel_gradient = ops.matmul(ops.transpose(scaled), g)
+        kernel_gradient = ops.matmul(ops.transpose(ops.cast(x, dtype)), g)
         m_matrix = structure.m_of_kernel(ops.cast(a, dtype), kernel_gradient)
     else:
         # Query, key and value read the same x through the same rows of A.
         u = once(
-            lambda: structure.down(
-                ops.cast(x * factor_a, dtype), ops.cast(a, dtype)
-            ),
+            lambda: structure.down(ops.cast(x, dtype), ops.cast(a, dtype)),
             key=(layout.contraction.reading, structure.rank, structure.blocks),
             tensor=a,
         )
         m_matrix = structure.m_of_tokens(u, g)
+    factor_a, factor_b = structure.factors
+    # Here, as scaling x would be one more pass over all tokens.
+    factor = factor_a * factor_b
     grad_d, grad_b = structure.sums(
         ops.cast(m_matrix, exact),
         ops.cast(b_matrix, exact),
-        ops.cast(d, exact) * factor_b,
+        ops.cast(d, exact) * factor,
         ops.cast(b, exact),
     )
-    return ops.cast(grad_d * factor_b, d.dtype), ops.cast(grad_b, b.dtype)
+    return ops.cast(grad_d * factor, d.dtype), ops.cast(grad_b, b.dtype)
 
 
 def _vector_dtype(x):

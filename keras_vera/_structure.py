@@ -67,7 +67,8 @@ class Dense:
 
     def m_of_tokens(self, u, g):
         """Returns M = `u^T g`, with u = x A and g: [T, n]."""
-        return ops.matmul(ops.transpose(u), g)
+        # XLA would turn `transpose(u)` into a slow `A^T x^T`.
+        return ops.einsum("tr,tn->rn", u, g)
 
     def m_of_kernel(self, a, kernel_gradient):
         """Returns M = `A^T G`, with G = x^T g: [m, n]."""
@@ -77,6 +78,15 @@ class Dense:
         """Returns `sum_j B_kj b_j M_kj`: [r] and `sum_k d_k B_kj M_kj`: [n]."""
         bm = b_matrix * m_matrix
         return ops.matmul(bm, b), ops.matmul(d, bm)
+
+
+@dataclass(frozen=True)
+class Explicit(Dense):
+    """A dense pair that comes as it is used, with all factors in it."""
+
+    @property
+    def factors(self):
+        return 1.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -148,8 +158,7 @@ class Blocks:
         return rows[: self.m, : self.n]
 
     def m_of_tokens(self, u, g):
-        u = ops.transpose(u, (0, 2, 1))
-        return ops.matmul(u, self._output_blocks(g))
+        return ops.einsum("str,stn->srn", u, self._output_blocks(g))
 
     def m_of_kernel(self, a, kernel_gradient):
         s, c = self.blocks, self.depth
