@@ -26,6 +26,7 @@ class Adaptation:
         bases,
         layers,
         plan="auto",
+        output_offsets=None,
     ):
         self.projection = projection
         self.targets = targets
@@ -34,6 +35,7 @@ class Adaptation:
         self.plan = plan
         self.bases = bases
         self.layers = layers
+        self.output_offsets = output_offsets or [0] * len(layers)
         self._frozen = []
         self._flags = []
 
@@ -42,13 +44,14 @@ class Adaptation:
         _keras.synchronize(model)
         try:
             self._freeze(model)
-            for layer in self.layers:
+            for layer, offset in zip(self.layers, self.output_offsets):
                 adapt_layer(
                     layer,
                     self.projection,
                     self.d_initial,
                     self.dropout,
                     self.plan,
+                    offset,
                 )
                 layer.vera_adaptation = self
             for base in self.bases:

@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 _HEADER = "keras_vera"
 _HEADER_KEYS = {
     "rank": int,
-    "seed": int,
+    "seed": (int, type(None)),
     "structure": str,
     "d_initial": float,
     "dropout": float,
@@ -30,6 +30,7 @@ _HEADER_KEYS = {
     "projection_sha256": str,
 }
 _LAYER_KEYS = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
+_OFFSET = "output_offset"  # Follows these, where it is not 0.
 _VECTOR = "vera_lambda_d"
 _NO_SHA256 = "0" * 64
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -75,6 +76,7 @@ def write(filepath, header, tensors):
     # A layer's path is in the names of its entries, in the same order.
     layers = [
         [layer[key] for key in _LAYER_KEYS]
+        + ([layer[_OFFSET]] if layer[_OFFSET] else [])
         for _, layer in sorted(header["layers"].items())
     ]
     header = {**header, "layers": layers, "sha256": _NO_SHA256}
@@ -84,7 +86,12 @@ def write(filepath, header, tensors):
     digest = hashlib.sha256(content).hexdigest().encode()
     place = _place_of_sha256(content)
     content = content[:place] + digest + content[place + len(digest) :]
-    with _errors_about(filepath, "could not be written"):
+    write_bytes(filepath, content)
+
+
+def write_bytes(filepath, content):
+    """Writes a file in one step, or raises `AdapterFileError`."""
+    with errors_about(filepath, "could not be written"):
         _write_atomically(filepath, content)
 
 
@@ -120,7 +127,7 @@ def read(filepath):
         AdapterFileError: If anything is wrong with the file.
     """
     header, _ = read_header(filepath)
-    with _errors_about(filepath, "is damaged"):
+    with errors_about(filepath, "is damaged"):
         with open(filepath, "rb") as file:
             content = file.read()
         place = _place_of_sha256(content, header["sha256"])
@@ -130,17 +137,24 @@ def read(filepath):
         digest.update(content[place + len(blank) :])
         if digest.hexdigest() != header["sha256"]:
             raise ValueError("its bytes do not give its SHA-256.")
-        tensors = {}
-        # `safetensors.numpy.load` does not know bfloat16.
-        for name, entry in safetensors.deserialize(content):
-            dtype = np.dtype(_DTYPES[entry["dtype"]]).newbyteorder("<")
-            array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-            if entry["dtype"] in _FLOATS:
-                array = array.astype("float32")
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(f"'{name}' holds NaN or infinity.")
-            tensors[name] = array
-    return header, tensors
+        return header, decode(content)
+
+
+def decode(content):
+    """Returns the entries of a safetensors file, 16-bit floats as float32."""
+    tensors = {}
+    # `safetensors.numpy.load` does not know bfloat16.
+    for name, entry in safetensors.deserialize(content):
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"'{name}' has dtype {entry['dtype']}.")
+        dtype = np.dtype(_DTYPES[entry["dtype"]]).newbyteorder("<")
+        array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        if entry["dtype"] in _FLOATS:
+            array = array.astype("float32")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"'{name}' holds NaN or infinity.")
+        tensors[name] = array
+    return tensors
 
 
 def read_header(filepath):
@@ -159,7 +173,7 @@ def read_header(filepath):
     Raises:
         AdapterFileError: If anything is wrong with what was read.
     """
-    with _errors_about(filepath, "is not an adapter file, or is damaged"):
+    with errors_about(filepath, "is not an adapter file, or is damaged"):
         # A pipe would be waited for without end.
         if not stat.S_ISREG(os.stat(filepath).st_mode):
             raise ValueError("it is not a regular file.")
@@ -176,8 +190,8 @@ def read_header(filepath):
             )
         with open(filepath, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            _parsed(file.read(length))  # For names that occur twice.
-        header = _parsed(metadata[_HEADER])
+            parsed(file.read(length))  # For names that occur twice.
+        header = parsed(metadata[_HEADER])
         _check_header(header, entries)
         paths = sorted(
             name[: -len(_VECTOR)].rstrip("/")
@@ -185,13 +199,16 @@ def read_header(filepath):
             if name == _VECTOR or name.endswith("/" + _VECTOR)
         )
         _check_layers(header["layers"], paths)
-        layers = [dict(zip(_LAYER_KEYS, row)) for row in header["layers"]]
+        layers = [
+            dict(zip((*_LAYER_KEYS, _OFFSET), [*row, 0]))
+            for row in header["layers"]
+        ]
         header["layers"] = dict(zip(paths, layers))
     return header, entries
 
 
 @contextlib.contextmanager
-def _errors_about(filepath, what):
+def errors_about(filepath, what):
     """Turns what goes wrong inside into an error that names the file."""
     try:
         yield
@@ -205,7 +222,7 @@ def _errors_about(filepath, what):
         raise AdapterFileError(f"'{filepath}' {what}: {reason}") from error
 
 
-def _parsed(text):
+def parsed(text):
     def distinct(pairs):
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -256,7 +273,9 @@ def _check_layers(rows, paths):
     for row in rows:
         fits = (
             isinstance(row, list)
-            and list(map(type, row)) == [list, str, str]
+            and list(map(type, row[:3])) == [list, str, str]
+            and all(type(x) is int and 0 < x < 2**31 for x in row[3:])
+            and len(row) <= len(_LAYER_KEYS) + 1
             and all(type(size) is int and size > 0 for size in row[0])
             and math.prod(row[0]) < 2**63
         )

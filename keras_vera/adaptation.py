@@ -185,12 +185,16 @@ def base_model(model):
     layers = check_adapted(model)
     check_base_is_clean(model, layers)
     _keras.synchronize(model)
-    kept = [ops.convert_to_numpy(x.vera_lambda_b).copy() for x in layers]
+    kept = [(layer, *layer.adapter_values()) for layer in layers]
     try:
-        for layer in layers:
+        for layer, _, bias in kept:
             layer.vera_lambda_b.assign(ops.zeros(layer.vera_lambda_b.shape))
+            if bias is not None:
+                layer.set_adapter_bias(None)
         yield model
     finally:
         _keras.synchronize(model)
-        for layer, b in zip(layers, kept):
+        for layer, b, bias in kept:
             layer.vera_lambda_b.assign(b)
+            if bias is not None:
+                layer.set_adapter_bias(bias)

@@ -16,11 +16,14 @@ from keras_vera._checks import check_dropout
 from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
+from keras_vera.projection import EXPLICIT
 from keras_vera.projection import SharedProjection
 from keras_vera.projection import pair_sha256
 
 # What a projection is made from.
 _PAIR = ("rank", "seed", "structure")
+# The entries of a pair that no seed makes.
+_MATRICES = ("vera_kernel_a", "vera_kernel_b")
 
 
 def save_adapter(model, filepath, dtype="float32"):
@@ -72,6 +75,15 @@ def save_adapter(model, filepath, dtype="float32"):
         name: _as_array(name, variable, dtype)
         for name, variable in _trained_variables(paths).items()
     }
+    for path, layer in paths.items():
+        if getattr(layer, "vera_base_bias", None) is not None:
+            name = _entry_name(path, "bias", tensors)
+            tensors[name] = _as_array(name, layer.bias, dtype)
+    projection = layers[0].projection
+    if projection.structure == EXPLICIT:
+        # No seed makes them again.
+        for name in _MATRICES:
+            tensors[name] = ops.convert_to_numpy(getattr(projection, name))
     _adapter_format.write(filepath, _make_header(model, paths), tensors)
 
 
@@ -110,28 +122,75 @@ def load_adapter(model, filepath):
         )
     _keras.synchronize(model)
     paths = _keras.structural_paths(model)
+    matrices = _popped_matrices(header, tensors, filepath)
+    biases = {
+        path: tensors.pop(name)
+        for path in header["layers"]
+        if (name := _entry_name(path, "bias", ())) in tensors
+    }
     if any(is_adapted(layer) for layer in paths.values()):
         layers = _check_adapted_model(paths, header, filepath)
         _check_kernels(layers, header, filepath)
         _check_entries(paths, header, tensors, filepath)
-        _check_pair(_used_pair(layers.values()), header, filepath)
+        _check_biases(layers, biases, filepath)
+        _check_pair(_used_pair(list(layers.values())), header, filepath)
     else:
-        projection, settings = _checked_settings(header, filepath)
+        projection, settings = _checked_settings(header, matrices, filepath)
         layers, bases = _check_base_model(model, paths, header, filepath)
         _check_kernels(layers, header, filepath)
         _check_entries(paths, header, tensors, filepath, bases)
-        projection.reserve(*_largest_dims(layers.values()))
+        _check_biases(layers, biases, filepath)
+        dims = _largest_dims(layers, header)
+        projection.reserve(*dims)
         pair = projection.vera_kernel_a, projection.vera_kernel_b
+        if pair[0].shape[0] < dims[0] or pair[1].shape[1] < dims[1]:
+            raise AdapterFileError(
+                f"'{filepath}' is damaged: its random matrices are too small "
+                "for its layers."
+            )
         _check_pair(pair, header, filepath)
         _adaptation.Adaptation(
             projection=projection,
             targets=header["targets"],
             bases=bases,
             layers=list(layers.values()),
+            output_offsets=[
+                x["output_offset"] for x in header["layers"].values()
+            ],
             **settings,
         ).apply(model)
     for name, variable in _trained_variables(paths).items():
         variable.assign(tensors[name])
+    for path, layer in layers.items():
+        if path in biases or getattr(layer, "vera_base_bias", None) is not None:
+            layer.set_adapter_bias(biases.get(path))
+
+
+def _popped_matrices(header, tensors, filepath):
+    """Takes A and B out of the entries, if the file carries them."""
+    if header["structure"] != EXPLICIT:
+        return None
+    matrices = [tensors.pop(name, None) for name in _MATRICES]
+    shapes = [getattr(x, "shape", ()) for x in matrices]
+    rank = header["rank"]
+    if any(
+        x is None or x.dtype != "float32" or x.ndim != 2 for x in matrices
+    ) or (shapes[0][1], shapes[1][0]) != (rank, rank):
+        raise AdapterFileError(
+            f"'{filepath}' is damaged: it says that it carries the random "
+            f"matrices for rank {rank}, but they have the shapes {shapes}."
+        )
+    return matrices
+
+
+def _check_biases(layers, biases, filepath):
+    for path, bias in biases.items():
+        own = layers[path].bias
+        if own is None or bias.shape != tuple(own.shape):
+            raise AdapterFileError(
+                f"'{filepath}' does not fit the model: '{path}/bias' has "
+                f"shape {bias.shape}, which the layer's has not."
+            )
 
 
 def _trained_variables(paths, bases=None):
@@ -232,6 +291,7 @@ def _make_header(model, paths):
                 "kernel_shape": list(layer._kernel.shape),
                 "kernel_dtype": layer.variable_dtype,
                 "kernel_fingerprint": kernel_fingerprint(layer._kernel),
+                "output_offset": layer.vera_output_offset,
             }
             for path, layer in adapted.items()
         },
@@ -263,12 +323,15 @@ def _dtype_in_files(variable):
     return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 
-def _checked_settings(header, filepath):
+def _checked_settings(header, matrices, filepath):
     """Returns the projection of a file, and what else it sets."""
     try:
-        return SharedProjection(
-            header["seed"], header["rank"], header["structure"]
-        ), {
+        if matrices is None:
+            pair = [header[name] for name in ("seed", "rank", "structure")]
+            projection = SharedProjection(*pair)
+        else:
+            projection = SharedProjection.from_matrices(*matrices)
+        return projection, {
             "d_initial": check_d_initial(header["d_initial"]),
             "dropout": check_dropout(header["dropout"]),
         }
@@ -289,6 +352,12 @@ def _check_adapted_model(paths, header, filepath):
                 "`keras_vera.disable_vera(model)` first."
             )
     _check_names(header["layers"], adapted, "adapted layers", filepath)
+    for path, layer in adapted.items():
+        if layer.vera_output_offset != header["layers"][path]["output_offset"]:
+            raise AdapterFileError(
+                f"'{filepath}' does not fit the model: '{path}' uses other "
+                "columns of its random matrices there."
+            )
     return adapted
 
 
@@ -352,6 +421,9 @@ def _described(pair):
 
 def _used_pair(layers):
     """Returns what `layers` use of A and B: the largest slice of each."""
+    projection = layers[0].projection
+    if projection.structure == EXPLICIT:
+        return projection.vera_kernel_a, projection.vera_kernel_b
     slices = [layer.projection_slices() for layer in layers]
     return (
         max((a for a, _ in slices), key=lambda a: a.shape[0]),
@@ -359,9 +431,14 @@ def _used_pair(layers):
     )
 
 
-def _largest_dims(layers):
-    contractions = [kind_of(type(x))._make_contraction(x) for x in layers]
-    return max(c.m for c in contractions), max(c.n for c in contractions)
+def _largest_dims(layers, header):
+    """Returns the rows of A and the columns of B that layers use."""
+    rows = []
+    for path, layer in layers.items():
+        contraction = kind_of(type(layer))._make_contraction(layer)
+        offset = header["layers"][path]["output_offset"]
+        rows.append((contraction.m, offset + contraction.n))
+    return tuple(map(max, zip(*rows)))
 
 
 def _check_pair(pair, header, filepath):

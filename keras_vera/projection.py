@@ -12,7 +12,10 @@ from keras_vera._checks import check_structure
 from keras_vera._random import unit_uniform
 from keras_vera._structure import Blocks
 from keras_vera._structure import Dense
+from keras_vera._structure import Explicit
 
+# The structure of matrices that no seed makes.
+EXPLICIT = "explicit"
 _STREAM_A = 0
 _STREAM_B = 1
 
@@ -87,6 +90,31 @@ class SharedProjection:
         self._generation = 0
         _projections.add(self)
 
+    @classmethod
+    def from_matrices(cls, a, b_matrix):
+        """Returns a projection that carries matrices made elsewhere.
+
+        They are used as they are, without a Kaiming factor, and adapter files
+        hold them. Its `seed` is `None` and its `structure` is `"explicit"`.
+
+        Args:
+            a: Float32 array of shape `(m, rank)`.
+            b_matrix: Float32 array of shape `(rank, n)`.
+        """
+        projection = cls(rank=a.shape[1])
+        projection.seed = None
+        projection.structure = EXPLICIT
+        for name, array in (("vera_kernel_a", a), ("vera_kernel_b", b_matrix)):
+            variable = projection._make_variable(
+                name,
+                array.shape,
+                lambda shape, dtype, array=array: ops.convert_to_tensor(
+                    array, dtype
+                ),
+            )
+            setattr(projection, name, variable)
+        return projection
+
     def register(self, layer):
         """Notes that `layer` uses this pair, so that growing reaches it."""
         self._layers.add(layer)
@@ -98,6 +126,8 @@ class SharedProjection:
             input_dim: Positive integer, rows of `A` that the layer uses.
             output_dim: Positive integer, columns of `B` that the layer uses.
         """
+        if self.structure == EXPLICIT:
+            return
         a, b = self.vera_kernel_a, self.vera_kernel_b
         width = self._make_structure(input_dim, output_dim).width
         if a is None or a.shape[0] < input_dim:
@@ -116,6 +146,8 @@ class SharedProjection:
         return self._make_structure(contraction.m, contraction.n)
 
     def _make_structure(self, m, n):
+        if self.structure == EXPLICIT:
+            return Explicit(m, n, self.rank)
         if self.blocks == 1:
             return Dense(m, n, self.rank)
         return Blocks(m, n, self.rank, self.blocks)

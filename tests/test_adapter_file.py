@@ -333,7 +333,7 @@ def drop_vector(header, tensors):
 
 
 def add_entry(header, tensors):
-    tensors["backbone/layers/dense/bias"] = np.zeros(6, "float32")
+    tensors["backbone/layers/dense/other"] = np.zeros(6, "float32")
 
 
 def reshape_vector(header, tensors):
@@ -357,7 +357,7 @@ def raise_version(header, tensors):
     [
         (change_hash, "other random matrices than rank=4, seed=0"),
         (drop_vector, "the file has not: .*dense/vera_lambda_b"),
-        (add_entry, "the model has not: .*dense/bias"),
+        (add_entry, "the model has not: .*dense/other"),
         (reshape_vector, "vera_lambda_b' has shape \\(6, 1\\), not \\(6,\\)"),
         (drop_head, "the file has not: .*head/kernel"),
         (drop_key, "lacks 'layers'"),

@@ -15,6 +15,8 @@ from keras_vera import _keras
 from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera.layers._kinds import kind_of
 from keras_vera.layers._vera_layer import VeRALayer
+from keras_vera.projection import EXPLICIT
+from keras_vera.projection import pair_sha256
 
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")
 
@@ -32,6 +34,23 @@ class InPlaceVeRA:
 
     # Whether the kernel holds an adapter that a weights file merged into it.
     vera_base_is_merged = False
+    # The base layer's bias, where the adapter has one of its own.
+    vera_base_bias = None
+
+    def set_adapter_bias(self, bias):
+        """Gives the layer a bias that belongs to its adapter.
+
+        Args:
+            bias: Array of the shape of the layer's bias, or `None` for the
+                base layer's own.
+        """
+        base_bias = self.vera_base_bias
+        if base_bias is None and bias is not None:
+            self.vera_base_bias = ops.convert_to_numpy(self.bias).copy()
+        elif base_bias is not None and bias is None:
+            bias = self.__dict__.pop("vera_base_bias")
+        if bias is not None:
+            self.bias.assign(bias)
 
     def get_config(self):
         # What is loaded from the file stays frozen, as it is here.
@@ -61,6 +80,7 @@ class InPlaceVeRA:
                 getattr(self, name).assign(array)
             return
         super().load_own_variables(store)
+        self.__dict__.pop("vera_base_bias", None)
         self.reset_vectors()
         self.vera_base_is_merged = group is not None
 
@@ -74,12 +94,15 @@ class InPlaceVeRA:
             )
 
     def _identity(self):
-        return {
+        identity = {
             "kernel": kernel_fingerprint(self._kernel),
             "seed": self.projection.seed,
             "rank": self.projection.rank,
             "structure": self.projection.structure,
         }
+        if self.projection.structure == EXPLICIT:
+            identity["sha256"] = pair_sha256(*self.projection_slices())
+        return identity
 
     def _is_of_this_adapter(self, group):
         identity = _keras.hidden_array(group, "identity")
@@ -110,6 +133,9 @@ def restore_layer(layer, merge=False):
     """
     if merge:
         layer._kernel.assign(layer.kernel)
+        layer.__dict__.pop("vera_base_bias", None)
+    elif isinstance(layer, InPlaceVeRA):
+        layer.set_adapter_bias(None)
     if hasattr(layer, "vera_lambda_d"):
         layer.detach_vera()
     layer.__dict__.pop("vera_base_is_merged", None)

@@ -7,6 +7,7 @@ from keras_vera import _keras
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._checks import check_plan
+from keras_vera.projection import EXPLICIT
 from keras_vera.projection import SharedProjection
 from keras_vera.projection import pair_sha256
 
@@ -39,6 +40,12 @@ class StandaloneVeRA:
                 "`projection` must be a `keras_vera.SharedProjection`. "
                 f"Received: projection={projection!r} "
                 f"(of type {type(projection).__name__})"
+            )
+        elif projection.structure == EXPLICIT:
+            raise ValueError(
+                "`projection` must be made from a seed, as a layer's config "
+                "says how to make it again. Received: a projection that "
+                "carries matrices made elsewhere."
             )
         elif rank is not None and rank != projection.rank:
             raise ValueError(

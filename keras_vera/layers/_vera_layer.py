@@ -16,6 +16,7 @@ _ATTRIBUTES = (
     "vera_lambda_d",
     "vera_lambda_b",
     "projection",
+    "vera_output_offset",
     "_vera_settings",
     "_vera_plan",
     "_vera_layout",
@@ -40,7 +41,14 @@ class VeRALayer:
     A class for one kind of Keras layer adds `_make_contraction`.
     """
 
-    def attach_vera(self, projection, d_initial=0.1, dropout=0.0, plan="auto"):
+    def attach_vera(
+        self,
+        projection,
+        d_initial=0.1,
+        dropout=0.0,
+        plan="auto",
+        output_offset=0,
+    ):
         """Adds the adapter to a built layer: the one place that does.
 
         Args:
@@ -48,6 +56,8 @@ class VeRALayer:
             d_initial: Float, every entry of d at the start.
             dropout: Float, the rate at which inputs of the adapter drop out.
             plan: String, how it is computed; see `choose_plan`.
+            output_offset: Integer, the first column of B that it uses, other
+                than 0 in a layer that is a part of one with a pair of its own.
         """
         contraction = self._make_contraction()
         projection.register(self)
@@ -59,6 +69,7 @@ class VeRALayer:
             self._vera_settings = _Settings(d_initial, dropout)
             self._vera_plan = plan
             self.projection = projection
+            self.vera_output_offset = output_offset
             self.vera_lambda_d = self.add_weight(
                 name="vera_lambda_d",
                 shape=(projection.rank,),
@@ -120,6 +131,12 @@ class VeRALayer:
             "`keras_vera.disable_vera(model)` to drop it first."
         )
 
+    def adapter_values(self):
+        """Returns b, and the adapter's own bias or `None`, as arrays."""
+        has_bias = getattr(self, "vera_base_bias", None) is not None
+        bias = ops.convert_to_numpy(self.bias).copy() if has_bias else None
+        return ops.convert_to_numpy(self.vera_lambda_b).copy(), bias
+
     def reset_vectors(self):
         """Sets the vectors to their start, where the layer is its base.
 
@@ -158,14 +175,16 @@ class VeRALayer:
         )
 
     def projection_slices(self):
-        """Returns `A[:m]` and `B[:, :n]`, without a copy where they are all."""
+        """Returns the layer's rows of A and columns of B: the leading ones,
+        where there is no offset. Where they are all, there is no copy."""
         a = ops.convert_to_tensor(self.vera_kernel_a)
         b_matrix = ops.convert_to_tensor(self.vera_kernel_b)
         m, n = self._vera_layout.contraction.m, self._vera_layout.contraction.n
         if a.shape[0] != m:
             a = a[:m]
         if b_matrix.shape[1] != n:
-            b_matrix = b_matrix[:, :n]
+            offset = self.vera_output_offset
+            b_matrix = b_matrix[:, offset : offset + n]
         return a, b_matrix
 
     def _replace_projection_variable(self, old, new):
