@@ -11,6 +11,7 @@ from keras_vera.adaptation import enable_vera as enable_vera
 from keras_vera.adaptation import merge as merge
 from keras_vera.adapter_file import load_adapter as load_adapter
 from keras_vera.adapter_file import save_adapter as save_adapter
+from keras_vera.bank import AdapterBank as AdapterBank
 from keras_vera.optimizers import vera_optimizer as vera_optimizer
 from keras_vera.projection import SharedProjection as SharedProjection
 from keras_vera.summary import summary as summary
@@ -18,6 +19,7 @@ from keras_vera.summary import summary as summary
 __version__ = _version("keras_vera")
 
 __all__ = [
+    "AdapterBank",
     "AdapterFileError",
     "SharedProjection",
     "base_model",

@@ -25,6 +25,7 @@ from keras import ops
 from keras_vera._custom_gradient import call_with_gradient
 from keras_vera._custom_gradient import computed_again
 from keras_vera._plan import Plan
+from keras_vera._structure import by_example
 
 
 def adapted_product(x, kernel, pair, d, b, layout, plan):
@@ -48,6 +49,27 @@ def adapted_product(x, kernel, pair, d, b, layout, plan):
     # Not `ops.add`, which takes an empty 2D tensor for a bias.
     base = layout.contraction.product(x, kernel)
     return base + adapter_product(x, pair, d, b, layout, plan)
+
+
+def mixed_product(x, pair, d, b, layout):
+    """Returns what the adapters add where each example has its own.
+
+    Two shared matrix products, and products with the vectors of the example,
+    however many adapters there are. The backend differentiates it: there is
+    no one M, since each example has its own d and b.
+
+    Args:
+        x: Tensor, the layer's input. Its first axis is that of the examples,
+            or has as many rows for each (windows, beams), one after the other.
+        pair: The tensors `(A, B)`, of the layer's m and n.
+        d: Float32 tensor of shape `(examples, rank)`.
+        b: Float32 tensor of shape `(examples, n)`.
+        layout: A `Layout`.
+
+    Returns:
+        A tensor in the dtype of `x`.
+    """
+    return _AdditiveProduct(layout, None).forward((), x, d, b, *pair)[0]
 
 
 def adapter_product(x, pair, d, b, layout, plan):
@@ -147,8 +169,8 @@ class _AdditiveProduct:
         h = ops.cast(structure.down(h, ops.cast(a, dtype)), exact)
         h = structure.scale(h, ops.cast(d, exact) * factor_b)
         z = structure.up(ops.cast(h, dtype), ops.cast(b_matrix, dtype))
-        z = ops.cast(ops.cast(z, exact) * ops.cast(b, exact), dtype)
-        return contraction.output_tensor(z, ops.shape(x)), ()
+        z = by_example(ops.cast(z, exact), ops.cast(b, exact))
+        return contraction.output_tensor(ops.cast(z, dtype), ops.shape(x)), ()
 
     def backward(self, g, wanted, kept, once, x, d, b, a, b_matrix):
         contraction, structure = self.layout.contraction, self.layout.structure

@@ -54,8 +54,8 @@ class Dense:
         return ops.matmul(g, ops.transpose(b_matrix))
 
     def scale(self, h, d):
-        """Returns `h * d`."""
-        return h * d
+        """Returns `h * d`; d: [r], or [examples, r] in a mixed batch."""
+        return by_example(h, d)
 
     def scale_rows(self, a, d):
         """Returns `A * d`."""
@@ -138,7 +138,16 @@ class Blocks:
         return ops.matmul(self._output_blocks(g), b_matrix)
 
     def scale(self, h, d):
-        return h * self._channels(d)[:, None, :]
+        if len(d.shape) == 1:
+            return h * self._channels(d)[:, None, :]
+        examples = ops.shape(d)[0]
+        d = self._channels(d)
+        d = ops.transpose(ops.reshape(d, (examples, *d.shape[1:])), (1, 0, 2))
+        tokens = ops.shape(h)[1] // examples
+        by_examples = ops.reshape(
+            h, (self.blocks, examples, tokens, h.shape[2])
+        )
+        return ops.reshape(by_examples * d[:, :, None, :], ops.shape(h))
 
     def scale_rows(self, a, d):
         d = self._exchange(self._channels(d)[:, None, :])
@@ -191,13 +200,14 @@ class Blocks:
         return np.arange(self.rank) * channels // self.rank
 
     def _channels(self, d):
-        """Returns d by (block of B, channels of that block)."""
+        """Returns d, [..., r], by (block of B, channels of that block)."""
         channels = self.blocks**2 * self.depth
         if channels != self.rank:
             source = np.full(channels, self.rank)
             source[self._positions()] = np.arange(self.rank)
-            d = ops.take(_pad(d, self.rank + 1, 0), source)
-        return ops.reshape(d, (self.blocks, -1))
+            d = ops.take(_pad(d, self.rank + 1, -1), source, axis=-1)
+        own = channels // self.blocks
+        return ops.reshape(d, (*ops.shape(d)[:-1], self.blocks, own))
 
     def _exchange(self, u):
         """Permutes channels, [s, T, s * c], from A's order to B's or back."""
@@ -220,6 +230,22 @@ class Blocks:
 
     def _output_blocks(self, g):
         return _split(g, self.blocks, self.n)
+
+
+def by_example(h, v):
+    """Returns `h * v` for rows that all have one v, or each example its own.
+
+    Args:
+        h: Tensor of shape `(T, k)`.
+        v: Tensor of shape `(k,)`, or `(examples, k)`: then the tokens of the
+            examples follow each other in h, as many for each.
+    """
+    if len(v.shape) == 1:
+        return h * v
+    examples = ops.shape(v)[0]
+    tokens = ops.shape(h)[0] // examples
+    by_examples = ops.reshape(h, (examples, tokens, h.shape[1]))
+    return ops.reshape(by_examples * v[:, None, :], ops.shape(h))
 
 
 def _split(x, blocks, size):

@@ -72,19 +72,19 @@ def save_adapter(model, filepath, dtype="float32"):
     _keras.synchronize(model)
     paths = _keras.structural_paths(model)
     tensors = {
-        name: _as_array(name, variable, dtype)
-        for name, variable in _trained_variables(paths).items()
+        name: as_array(name, variable, dtype)
+        for name, variable in trained_variables(paths).items()
     }
     for path, layer in paths.items():
         if getattr(layer, "vera_base_bias", None) is not None:
             name = _entry_name(path, "bias", tensors)
-            tensors[name] = _as_array(name, layer.bias, dtype)
+            tensors[name] = as_array(name, layer.bias, dtype)
     projection = layers[0].projection
     if projection.structure == EXPLICIT:
         # No seed makes them again.
         for name in _MATRICES:
             tensors[name] = ops.convert_to_numpy(getattr(projection, name))
-    _adapter_format.write(filepath, _make_header(model, paths), tensors)
+    _adapter_format.write(filepath, make_header(model, paths), tensors)
 
 
 def load_adapter(model, filepath):
@@ -129,16 +129,15 @@ def load_adapter(model, filepath):
         if (name := _entry_name(path, "bias", ())) in tensors
     }
     if any(is_adapted(layer) for layer in paths.values()):
-        layers = _check_adapted_model(paths, header, filepath)
-        _check_kernels(layers, header, filepath)
-        _check_entries(paths, header, tensors, filepath)
+        layers = check_fits(paths, header, filepath)
+        check_entries(expected_entries(paths), tensors, filepath)
         _check_biases(layers, biases, filepath)
-        _check_pair(_used_pair(list(layers.values())), header, filepath)
     else:
         projection, settings = _checked_settings(header, matrices, filepath)
         layers, bases = _check_base_model(model, paths, header, filepath)
         _check_kernels(layers, header, filepath)
-        _check_entries(paths, header, tensors, filepath, bases)
+        expected = expected_entries(paths, header, bases)
+        check_entries(expected, tensors, filepath)
         _check_biases(layers, biases, filepath)
         dims = _largest_dims(layers, header)
         projection.reserve(*dims)
@@ -148,7 +147,7 @@ def load_adapter(model, filepath):
                 f"'{filepath}' is damaged: its random matrices are too small "
                 "for its layers."
             )
-        _check_pair(pair, header, filepath)
+        _check_pair(pair_sha256(*pair), header, filepath)
         _adaptation.Adaptation(
             projection=projection,
             targets=header["targets"],
@@ -159,7 +158,7 @@ def load_adapter(model, filepath):
             ],
             **settings,
         ).apply(model)
-    for name, variable in _trained_variables(paths).items():
+    for name, variable in trained_variables(paths).items():
         variable.assign(tensors[name])
     for path, layer in layers.items():
         if path in biases or getattr(layer, "vera_base_bias", None) is not None:
@@ -193,7 +192,7 @@ def _check_biases(layers, biases, filepath):
             )
 
 
-def _trained_variables(paths, bases=None):
+def trained_variables(paths, bases=None):
     """Returns what an adapter file holds, by structural path and name.
 
     Args:
@@ -264,7 +263,7 @@ def _base_paths(model, paths):
     return found
 
 
-def _make_header(model, paths):
+def make_header(model, paths):
     adapted = {p: x for p, x in paths.items() if is_adapted(x)}
     layers = list(adapted.values())
     settings = {(_pair_of(x), x._vera_settings) for x in layers}
@@ -301,7 +300,7 @@ def _make_header(model, paths):
     }
 
 
-def _as_array(name, variable, dtype):
+def as_array(name, variable, dtype):
     array = ops.convert_to_numpy(variable)
     if _dtype_in_files(variable) != "float32":
         return array
@@ -337,6 +336,28 @@ def _checked_settings(header, matrices, filepath):
         }
     except ValueError as error:
         raise AdapterFileError(f"'{filepath}' is damaged: {error}") from None
+
+
+def check_fits(paths, header, filepath, reference=None):
+    """Checks that a file was made on the base of an adapted model.
+
+    Returns the adapted layers by path.
+
+    Args:
+        paths: Dict of the layers of the model, by structural path.
+        header: Dict, the header of the file.
+        filepath: String, for messages.
+        reference: Dict, the header that the model itself would give a file,
+            so that many files are checked without reading its kernels again.
+    """
+    layers = _check_adapted_model(paths, header, filepath)
+    _check_kernels(layers, header, filepath, reference)
+    if reference is not None:
+        sha256 = reference["projection_sha256"]
+    else:
+        sha256 = pair_sha256(*_used_pair(list(layers.values())))
+    _check_pair(sha256, header, filepath)
+    return layers
 
 
 def _check_adapted_model(paths, header, filepath):
@@ -382,8 +403,14 @@ def _check_base_model(model, paths, header, filepath):
     return layers, [paths[path] for path in header["bases"]]
 
 
-def _check_kernels(layers, header, filepath):
+def _check_kernels(layers, header, filepath, reference=None):
     """Checks the base: shapes, and values where the dtype is the same."""
+
+    def fingerprint(path, layer):
+        if reference is not None:
+            return reference["layers"][path]["kernel_fingerprint"]
+        return kernel_fingerprint(layer._kernel)
+
     shapes, values = [], []
     for path, layer in layers.items():
         expected = header["layers"][path]
@@ -394,8 +421,7 @@ def _check_kernels(layers, header, filepath):
             )
         elif (
             layer.variable_dtype == expected["kernel_dtype"]
-            and kernel_fingerprint(layer._kernel)
-            != expected["kernel_fingerprint"]
+            and fingerprint(path, layer) != expected["kernel_fingerprint"]
         ):
             values.append(path)
     if shapes:
@@ -441,19 +467,23 @@ def _largest_dims(layers, header):
     return tuple(map(max, zip(*rows)))
 
 
-def _check_pair(pair, header, filepath):
-    if pair_sha256(*pair) != header["projection_sha256"]:
+def _check_pair(sha256, header, filepath):
+    if sha256 != header["projection_sha256"]:
         raise AdapterFileError(
             f"'{filepath}' was trained with other random matrices than "
             f"{_described(header[name] for name in _PAIR)} make here."
         )
 
 
-def _check_entries(paths, header, tensors, filepath, bases=None):
-    """Checks all entries against the variables of the model."""
+def expected_entries(paths, header=None, bases=None):
+    """Returns the shape and dtype of each entry that a file must have.
+
+    For a model that is not adapted yet, `header` and `bases` say how it will
+    be.
+    """
     expected = {
         name: (tuple(variable.shape), _dtype_in_files(variable))
-        for name, variable in _trained_variables(paths, bases).items()
+        for name, variable in trained_variables(paths, bases).items()
     }
     if bases is not None:
         for path in header["layers"]:
@@ -463,6 +493,11 @@ def _check_entries(paths, header, tensors, filepath, bases=None):
             for name, size in sizes.items():
                 name = _entry_name(path, name, expected)
                 expected[name] = (size,), "float32"
+    return expected
+
+
+def check_entries(expected, tensors, filepath):
+    """Checks the entries of a file against what `expected_entries` gives."""
     _check_names(tensors, expected, "entries", filepath)
     wrong = [
         f"'{name}' has {what} {received}, not {wanted}"

@@ -8,6 +8,9 @@ from keras_vera._arithmetic import Layout
 from keras_vera._arithmetic import adapted_product
 from keras_vera._arithmetic import adapter_product
 from keras_vera._arithmetic import merged_kernel
+from keras_vera._arithmetic import mixed_product
+from keras_vera._bank_scope import check_rows
+from keras_vera._bank_scope import rows_of
 from keras_vera._plan import choose_plan
 
 _ATTRIBUTES = (
@@ -101,6 +104,12 @@ class VeRALayer:
         """The kernel with the adapter merged, as Keras' LoRA shows it."""
         if not hasattr(self, "vera_lambda_d"):
             return super().kernel
+        if rows_of(self) is not None:
+            raise ValueError(
+                f"The kernel of layer '{self.name}' is read without calling "
+                "the layer, which works for one adapter, but not in an "
+                "`AdapterBank`. Leave this layer out of `targets`."
+            )
         return merged_kernel(
             ops.convert_to_tensor(self._kernel),
             self.projection_slices(),
@@ -152,6 +161,9 @@ class VeRALayer:
         kernel = ops.convert_to_tensor(self._kernel)
         pair = self.projection_slices()
         x = ops.cast(inputs, self.compute_dtype)
+        rows = rows_of(self)
+        if rows is not None:
+            return self._mixed_product(x, kernel, pair, rows, training)
         plan = choose_plan(
             layout.contraction.tokens(inputs.shape),
             layout.structure,
@@ -159,14 +171,26 @@ class VeRALayer:
             self._vera_plan,
         )
         if settings.dropout and training:
-            # Base and adapter see different inputs.
-            dropped = keras.random.dropout(
-                x, settings.dropout, seed=self._vera_seed_generator
-            )
             return layout.contraction.product(x, kernel) + adapter_product(
-                dropped, pair, *self._vectors(), layout, plan
+                self._dropped(x), pair, *self._vectors(), layout, plan
             )
         return adapted_product(x, kernel, pair, *self._vectors(), layout, plan)
+
+    def _mixed_product(self, x, kernel, pair, rows, training):
+        """The product where each example has an adapter of an `AdapterBank`."""
+        layout = self._vera_layout
+        d, b = rows
+        check_rows(self, x, d)
+        dropout = self._vera_settings.dropout and training
+        return layout.contraction.product(x, kernel) + mixed_product(
+            self._dropped(x) if dropout else x, pair, d, b, layout
+        )
+
+    def _dropped(self, x):
+        """Drops inputs of the adapter, which the base keeps."""
+        return keras.random.dropout(
+            x, self._vera_settings.dropout, seed=self._vera_seed_generator
+        )
 
     def _vectors(self):
         return (

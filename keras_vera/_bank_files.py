@@ -1,0 +1,160 @@
+"""Adapter files for the slots of an `AdapterBank`."""
+
+import os
+import urllib.parse
+
+import numpy as np
+from keras import ops
+
+from keras_vera import _adaptation
+from keras_vera import _adapter_format
+from keras_vera import _bank_heads
+from keras_vera import _keras
+from keras_vera import adapter_file
+from keras_vera._adapter_format import EXTENSION
+from keras_vera._adapter_format import AdapterFileError
+from keras_vera._adapter_format import check_filepath
+from keras_vera.layers._in_place import is_adapted
+
+
+class BankFiles:
+    """What an adapter of a model consists of, and how files hold it.
+
+    Everything that depends on the model is found once, so that a file costs
+    no more than its own bytes.
+
+    Attributes:
+        variables: Dict of the model's own variables, by entry name.
+        fresh: Dict of NumPy arrays, what an adapter holds before training.
+        layers: Dict by layer of the entry names that it reads; see
+            `BankModel`.
+        classes: Integer, the classes of the model's head; 1 without a head.
+    """
+
+    def __init__(self, model):
+        layers = _adaptation.check_adapted(model)
+        _adaptation.check_base_is_clean(model, layers)
+        _keras.synchronize(model)
+        self._paths = _keras.structural_paths(model)
+        self.variables = adapter_file.trained_variables(self._paths)
+        self._header = adapter_file.make_header(model, self._paths)
+        self._expected = adapter_file.expected_entries(self._paths)
+        names = {id(v): name for name, v in self.variables.items()}
+        self.layers, heads, self.fresh = {}, [], {}
+        for layer in self._paths.values():
+            if is_adapted(layer):
+                own = layer.vera_lambda_d, layer.vera_lambda_b
+                d, b = (names[id(v)] for v in own)
+                start = self._header["d_initial"]
+                self.fresh[d] = np.full(own[0].shape, start, "float32")
+                self.fresh[b] = np.zeros(own[1].shape, "float32")
+                self.layers[layer] = d, b
+                continue
+            own = [v for v in _keras.own_variables(layer) if id(v) in names]
+            if own:
+                heads.append(layer)
+                _check_head(layer, own)
+                both = [names[id(v)] for v in own]
+                for name, variable in zip(both, own):
+                    self.fresh[name] = np.array(ops.convert_to_numpy(variable))
+                self.layers[layer] = [*both, None, None][:2]
+        for head in heads:
+            _bank_heads.make_head(head)
+        output = _bank_heads.output_head(model, heads)
+        for head in heads:
+            classes = True if head is output else None
+            self.layers[head] = (*self.layers[head], classes)
+        self.classes = 1 if output is None else output.units
+        # The entries of which an adapter may have the first columns only.
+        self._output = self.layers[output][:2] if output is not None else ()
+
+    def read(self, filepath):
+        """Returns the arrays of a file by entry name, padded; and classes."""
+        header, tensors = _adapter_format.read(filepath)
+        adapter_file.check_fits(self._paths, header, filepath, self._header)
+        classes = self._classes_of(tensors)
+        expected = {
+            name: ((*shape[:-1], classes), dtype)
+            if name in self._output
+            else (shape, dtype)
+            for name, (shape, dtype) in self._expected.items()
+        }
+        adapter_file.check_entries(expected, tensors, filepath)
+        return {
+            name: self._padded(name, array) for name, array in tensors.items()
+        }, classes
+
+    def write(self, filepath, arrays, classes, dtype="float32"):
+        tensors = {
+            name: adapter_file.as_array(
+                name,
+                array[..., :classes] if name in self._output else array,
+                dtype,
+            )
+            for name, array in arrays.items()
+        }
+        # The layout of memory is part of the file.
+        tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+        _adapter_format.write(filepath, self._header, tensors)
+
+    def _classes_of(self, tensors):
+        for name in self._output:
+            if name in tensors and tensors[name].ndim:
+                size = tensors[name].shape[-1]
+                if 1 <= size <= self.classes:
+                    return size
+        return self.classes
+
+    def _padded(self, name, array):
+        if name not in self._output:
+            return array
+        padded = self.fresh[name].copy()
+        padded[..., : array.shape[-1]] = array
+        return padded
+
+
+class Folder:
+    """A folder with an adapter file for each name."""
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        os.makedirs(self.path, exist_ok=True)
+
+    def names(self):
+        return [
+            urllib.parse.unquote(entry.name[: -len(EXTENSION)])
+            for entry in os.scandir(self.path)
+            if entry.name.endswith(EXTENSION)
+        ]
+
+    def file(self, name):
+        # Every name is a file name so, and no two names are the same.
+        quoted = urllib.parse.quote(name, safe=" ").replace(".", "%2E")
+        return check_filepath(os.path.join(self.path, quoted + EXTENSION))
+
+    def rename(self, old, new):
+        os.replace(self.file(old), self.file(new))
+
+    def remove(self, name):
+        try:
+            os.remove(self.file(name))
+        except FileNotFoundError:
+            raise AdapterFileError(
+                f"'{self.file(name)}' is gone; the folder of a bank must not "
+                "be changed while it is open."
+            ) from None
+
+
+def _check_head(layer, variables):
+    if not _bank_heads.is_possible_head(layer) or len(variables) > 2:
+        raise ValueError(
+            f"Layer '{layer.name}', a {type(layer).__name__}, trains outside "
+            "the base, and each adapter would have its own. An `AdapterBank` "
+            "can hold `keras.layers.Dense` layers only, without LoRA and not "
+            "quantized. Set `trainable = False` on this layer to share it."
+        )
+    if len(variables) == 1 and layer.use_bias:
+        raise ValueError(
+            f"Layer '{layer.name}' trains only in part. Set `trainable` of "
+            "the whole layer."
+        )

@@ -1,0 +1,136 @@
+"""Optimizers that leave alone the rows of adapters absent from a batch.
+
+A dense step of Adam moves whatever has moments, also what had no gradient.
+"""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+# The first dimension of a variable would be one like any other to them.
+_MIXING_ROWS = (
+    keras.optimizers.Adafactor,
+    keras.optimizers.Lamb,
+    keras.optimizers.Muon,
+)
+_MIXING_OPTIONS = (
+    "clipnorm",
+    "global_clipnorm",
+    "gradient_accumulation_steps",
+    "use_ema",
+)
+
+
+class TrainsRows:
+    """Before a Keras optimizer class: only rows with a gradient change.
+
+    All trained variables have one row for each adapter. An adapter is in the
+    batch if any of its numbers has a gradient other than 0. For all others,
+    variables and state stay as they are, weight decay included. As in other
+    lazy optimizers, the step count, as used by Adam's bias correction and by
+    schedules, is that of all adapters together. Row 0 is the base model and
+    never changes, so its state is that of a row that was never trained.
+    """
+
+    def build(self, variables):
+        _check(self)
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        if trainable_variables is None:
+            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables)
+        if not self.built:
+            self.build(variables)
+        grads = [
+            # Gathered rows have sparse gradients on TensorFlow.
+            None if grad is None else ops.convert_to_tensor(grad)
+            for grad in grads
+        ]
+        moving = None
+        for grad in grads:
+            if grad is not None:
+                axes = tuple(range(1, len(grad.shape)))
+                rows = ops.any(ops.not_equal(grad, 0), axis=axes)
+                moving = (
+                    rows if moving is None else ops.logical_or(moving, rows)
+                )
+        if moving is None:
+            super().apply(grads, variables)
+            return
+        moving = ops.logical_and(moving, np.arange(moving.shape[0]) > 0)
+        by_row = variables + _state_by_row(self)
+        before = [ops.copy(ops.convert_to_tensor(v)) for v in by_row]
+        super().apply(grads, variables)
+        for variable, old in zip(by_row, before):
+            mask = ops.reshape(moving, (-1, *[1] * (len(old.shape) - 1)))
+            new = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(mask, new, old))
+
+
+def train_rows(optimizer):
+    """Makes an optimizer one that trains rows, in place.
+
+    Args:
+        optimizer: What `keras.Model.compile` takes.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: If it would mix adapters.
+    """
+    optimizer = keras.optimizers.get(optimizer)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    _check(inner)
+    if not isinstance(inner, TrainsRows):
+        inner.__class__ = _row_class(type(inner))
+    return optimizer
+
+
+def reset_rows(optimizer, rows):
+    """Gives rows the state of rows that were never trained."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if not inner.built:
+        return
+    is_reset = np.zeros(inner._trainable_variables[0].shape[0], bool)
+    is_reset[rows] = True
+    for variable in _state_by_row(inner):
+        mask = is_reset.reshape(-1, *[1] * (len(variable.shape) - 1))
+        value = ops.convert_to_tensor(variable)
+        variable.assign(ops.where(mask, value[:1], value))
+
+
+def _state_by_row(optimizer):
+    """Returns the optimizer's variables that have a row for each adapter."""
+    shapes = {tuple(v.shape) for v in optimizer._trainable_variables}
+    return [v for v in optimizer.variables if tuple(v.shape) in shapes]
+
+
+def _check(optimizer):
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        if isinstance(part, _MIXING_ROWS):
+            raise ValueError(
+                "`optimizer` must treat every number by itself, or adapters "
+                "would train each other. Use Adam, AdamW, SGD, RMSprop or the "
+                f"like. Received: optimizer={type(part).__name__}"
+            )
+        for option in _MIXING_OPTIONS:
+            if getattr(part, option, None):
+                raise ValueError(
+                    f"`optimizer` must not use `{option}`, which would mix "
+                    "the adapters of a bank. Received: "
+                    f"{type(part).__name__}({option}={getattr(part, option)})"
+                )
+
+
+@functools.cache
+def _row_class(plain_class):
+    namespace = {
+        "__module__": plain_class.__module__,
+        "__qualname__": plain_class.__qualname__,
+        "__doc__": plain_class.__doc__,
+    }
+    return type(plain_class.__name__, (TrainsRows, plain_class), namespace)
