@@ -3,6 +3,7 @@
 import os
 import urllib.parse
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -34,6 +35,7 @@ class BankFiles:
     def __init__(self, model):
         layers = _adaptation.check_adapted(model)
         _adaptation.check_base_is_clean(model, layers)
+        _check_no_rematerialization(model)
         _keras.synchronize(model)
         self._paths = _keras.structural_paths(model)
         self.variables = adapter_file.trained_variables(self._paths)
@@ -143,6 +145,19 @@ class Folder:
                 f"'{self.file(name)}' is gone; the folder of a bank must not "
                 "be changed while it is open."
             ) from None
+
+
+def _check_no_rematerialization(model):
+    if keras.backend.backend() != "torch":
+        return
+    for layer in _keras.flatten_layers(model):
+        if _keras.is_rematerialized(layer):
+            raise ValueError(
+                f"Layer '{layer.name}' was made in a `keras.RematScope`. On "
+                "PyTorch it runs again in the backward pass, when it is not "
+                "known any more which example has which adapter. Build the "
+                "model without the scope, or use another backend."
+            )
 
 
 def _check_head(layer, variables):

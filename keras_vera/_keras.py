@@ -78,6 +78,10 @@ def sub_layers(layer):
     return list(layer._layers)
 
 
+def is_rematerialized(layer):
+    return getattr(layer, "_remat_mode", None) is not None
+
+
 def set_trainable(layer, value):
     """Sets the flag of `layer` itself; `layer.trainable = ...` recurses."""
     layer._trainable = value

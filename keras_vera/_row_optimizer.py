@@ -44,11 +44,7 @@ class TrainsRows:
         variables = list(trainable_variables)
         if not self.built:
             self.build(variables)
-        grads = [
-            # Gathered rows have sparse gradients on TensorFlow.
-            None if grad is None else ops.convert_to_tensor(grad)
-            for grad in grads
-        ]
+        grads = [None if grad is None else _dense(grad) for grad in grads]
         moving = None
         for grad in grads:
             if grad is not None:
@@ -101,6 +97,20 @@ def reset_rows(optimizer, rows):
         mask = is_reset.reshape(-1, *[1] * (len(variable.shape) - 1))
         value = ops.convert_to_tensor(variable)
         variable.assign(ops.where(mask, value[:1], value))
+
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    def _dense(grad):
+        # Of gathered rows, the gradient is sparse, and an adapter with two
+        # examples stands twice in it: Adam would add the squares of both.
+        return tf.convert_to_tensor(grad)
+
+else:
+
+    def _dense(grad):
+        return grad
 
 
 def _state_by_row(optimizer):

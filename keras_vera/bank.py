@@ -160,6 +160,7 @@ class AdapterBank:
         filepath = check_filepath(filepath)
         check_file_dtype(dtype)
         with self._lock:
+            self._check_known([name], base=False)
             (slot,) = self._bring([name])
             (arrays,) = self.model.read([slot])
             self._files.write(filepath, arrays, self._classes[name], dtype)
@@ -167,7 +168,7 @@ class AdapterBank:
     def remove(self, name):
         """Removes an adapter; from a bank with a folder, also its file."""
         with self._lock:
-            self._check_known([name])
+            self._check_known([name], base=False)
             self._check_not_fitting(name)
             if self._folder is not None:
                 self._folder.remove(name)
@@ -182,7 +183,7 @@ class AdapterBank:
             new_name: String, not in the bank yet.
         """
         with self._lock:
-            self._check_known([name])
+            self._check_known([name], base=False)
             self._check_new(new_name)
             self._check_not_fitting(name)
             if self._folder is not None:
@@ -456,12 +457,15 @@ class AdapterBank:
                 "`bank.remove(name)` first, or take another name."
             )
 
-    def _check_known(self, adapters):
-        unknown = {
-            name for name in adapters if name is not None
-        } - self._names.keys()
+    def _check_known(self, adapters, base=True):
+        """Raises for names that are not in the bank; `None` is the base."""
+        unknown = [
+            name
+            for name in dict.fromkeys(adapters)
+            if name not in self._names and not (base and name is None)
+        ]
         if unknown:
-            shown = ", ".join(map(repr, list(unknown)[:5]))
+            shown = ", ".join(map(repr, unknown[:5]))
             raise ValueError(
                 f"The bank has no adapter named {shown}; it has "
                 f"{len(self._names)}, see `bank.names`."
