@@ -45,18 +45,14 @@ class TrainsRows:
         if not self.built:
             self.build(variables)
         grads = [None if grad is None else _dense(grad) for grad in grads]
-        moving = None
+        row = np.arange(variables[0].shape[0])
+        moving = row < 0
         for grad in grads:
             if grad is not None:
                 axes = tuple(range(1, len(grad.shape)))
-                rows = ops.any(ops.not_equal(grad, 0), axis=axes)
-                moving = (
-                    rows if moving is None else ops.logical_or(moving, rows)
-                )
-        if moving is None:
-            super().apply(grads, variables)
-            return
-        moving = ops.logical_and(moving, np.arange(moving.shape[0]) > 0)
+                has_gradient = ops.any(ops.not_equal(grad, 0), axis=axes)
+                moving = ops.logical_or(moving, has_gradient)
+        moving = ops.logical_and(moving, row > 0)
         by_row = variables + _state_by_row(self)
         before = [ops.copy(ops.convert_to_tensor(v)) for v in by_row]
         super().apply(grads, variables)

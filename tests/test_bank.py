@@ -359,8 +359,18 @@ def as_tf_data(x, ids):
 
 def as_torch_data(x, ids):
     torch = pytest.importorskip("torch")
-    both = [((a, i), np.float32(0)) for a, i in zip(x, ids)]
-    return torch.utils.data.DataLoader(both, batch_size=4)
+
+    def collate(rows):
+        # TensorFlow takes no lists, which PyTorch would make.
+        a, i = zip(*rows)
+        return (
+            torch.tensor(np.stack(a)),
+            torch.tensor(np.stack(i)),
+        ), torch.zeros(len(i))
+
+    return torch.utils.data.DataLoader(
+        list(zip(x, ids)), batch_size=3, collate_fn=collate
+    )
 
 
 def as_grain_data(x, ids):
