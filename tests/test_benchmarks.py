@@ -85,3 +85,20 @@ def test_adapters():
     # Two layers, each 8 and 64 numbers.
     assert "bytes for 144 numbers" in output
     assert re.search(r"^loaded .* in \d+ ms$", output, re.M)
+
+
+def test_bank():
+    sizes = "--hidden 64 --heads 2 --ffn 128 --batch 16 --sequence 16 --rank 8"
+    output = subprocess.check_output(
+        [
+            *(sys.executable, FOLDER / "bank.py", *sizes.split()),
+            *("--distinct", "1", "4", "16", "--rounds", "2"),
+            *("--sizes", "20", "--slots", "16", "--files", "10"),
+        ],
+        text=True,
+    )
+    ours, _, peft = output.partition("LoRA 8 in PEFT")
+    flops = re.findall(r"^(\d+) adapters +flops (\S+) ", ours, re.M)
+    assert flops == [(n, "1.0000") for n in ("1", "4", "16")] * 2
+    assert ("16 adapters" in peft) == (backend() == "torch")
+    assert re.search(r"^ +20 adapters: opened in ", output, re.M)
