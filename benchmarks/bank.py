@@ -91,6 +91,7 @@ def counted_flops(model, batch, target):
             lambda: model.predict_on_batch(batch),
             lambda: model.train_on_batch(batch, target),
         ):
+            run()  # The first call also builds.
             with FlopCounterMode(display=False) as counter:
                 run()
             found.append(counter.get_total_flops())
