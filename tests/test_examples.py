@@ -34,6 +34,20 @@ def test_text_classification(tmp_path):
         assert len(list(folder.glob("*.vera.safetensors"))) == 2
 
 
+def test_one_base_many_users(tmp_path):
+    script = EXAMPLES / "one_base_many_users.py"
+    sizes = "--users 3 --sentences 10 --epochs 1 --rank 4 --batch_size 8"
+    output = subprocess.check_output(
+        [sys.executable, script, *sizes.split()], cwd=tmp_path, text=True
+    )
+    table = output.split("mean accuracy", 1)[1]
+    for row in ("each alone", "all mixed", "one mixed batch", "as a file"):
+        assert row in table
+    folder = tmp_path / "one_base_many_users_output"
+    assert (folder / "users.png").stat().st_size > 10_000
+    assert (folder / "user00.vera.safetensors").exists()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_notebook_is_the_script(script):
     def cells(path):
