@@ -34,8 +34,6 @@ class InPlaceVeRA:
 
     # Whether the kernel holds an adapter that a weights file merged into it.
     vera_base_is_merged = False
-    # The base layer's bias, where the adapter has one of its own.
-    vera_base_bias = None
 
     def set_adapter_bias(self, bias):
         """Gives the layer a bias that belongs to its adapter.

@@ -44,6 +44,9 @@ class VeRALayer:
     A class for one kind of Keras layer adds `_make_contraction`.
     """
 
+    # The base layer's bias, where the adapter has one of its own.
+    vera_base_bias = None
+
     def attach_vera(
         self,
         projection,
@@ -142,7 +145,7 @@ class VeRALayer:
 
     def adapter_values(self):
         """Returns b, and the adapter's own bias or `None`, as arrays."""
-        has_bias = getattr(self, "vera_base_bias", None) is not None
+        has_bias = self.vera_base_bias is not None
         bias = ops.convert_to_numpy(self.bias).copy() if has_bias else None
         return ops.convert_to_numpy(self.vera_lambda_b).copy(), bias
 

