@@ -185,10 +185,12 @@ def _popped_matrices(header, tensors, filepath):
 def _check_biases(layers, biases, filepath):
     for path, bias in biases.items():
         own = layers[path].bias
-        if own is None or bias.shape != tuple(own.shape):
+        wanted = None if own is None else tuple(own.shape)
+        if bias.dtype != "float32" or bias.shape != wanted:
             raise AdapterFileError(
-                f"'{filepath}' does not fit the model: '{path}/bias' has "
-                f"shape {bias.shape}, which the layer's has not."
+                f"'{filepath}' does not fit the model: '{path}/bias' has shape "
+                f"{bias.shape} and dtype {bias.dtype}, not {wanted} and "
+                "float32."
             )
 
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import adapter_files
 import keras
 import keras_hub
 import numpy as np
@@ -593,3 +594,72 @@ def test_real_minilm_travels_both_ways(tmp_path):
     np.testing.assert_allclose(
         outputs(with_adapter), keras_outputs(backbone), atol=1e-4
     )
+
+
+def drop_matrix(header, tensors):
+    del tensors["vera_kernel_a"]
+
+
+def narrow_matrix(header, tensors):
+    tensors["vera_kernel_b"] = tensors["vera_kernel_b"][:, :20].copy()
+
+
+def change_matrix(header, tensors):
+    tensors["vera_kernel_a"] = -tensors["vera_kernel_a"]
+
+
+def change_rank(header, tensors):
+    header["rank"] = 6
+
+
+def claim_a_seed(header, tensors):
+    header.update(seed=0, structure="dense")
+
+
+def shift_a_layer(header, tensors):
+    row = next(x for x in header["layers"] if len(x) == 4)
+    row[3] = 10**6
+
+
+def add_offset_of_another_type(header, tensors):
+    header["layers"][0].append("1")
+
+
+def reshape_bias(header, tensors):
+    name = next(x for x in tensors if x.endswith("_query_dense/vera_lambda_b"))
+    name = name.replace("vera_lambda_b", "bias")
+    tensors[name] = np.zeros(3, "float32")
+
+
+@pytest.mark.parametrize("into", ["fresh", "adapted"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_matrix, "carries the random matrices"),
+        (narrow_matrix, "too small|other random matrices"),
+        (change_matrix, "other random matrices"),
+        (change_rank, "carries the random matrices"),
+        (claim_a_seed, "the model has not|seed"),
+        (shift_a_layer, "too small|other columns"),
+        (add_offset_of_another_type, "describes a layer as"),
+        (reshape_bias, "has shape .3,."),
+    ],
+)
+def test_changed_files_with_matrices_are_refused(
+    damage, message, into, tmp_path
+):
+    model, backbone = both_models("gpt2", tmp_path / "base")
+    with_peft(model, ["c_attn"]).save_pretrained(tmp_path / "peft")
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    file = tmp_path / "a.vera.safetensors"
+    keras_vera.save_adapter(backbone, file, dtype="float16")
+    keras_vera.load_adapter(backbone, file)
+    header, tensors = adapter_files.read(file)
+    damage(header, tensors)
+    adapter_files.write(file, header, tensors)
+    if into == "fresh":
+        keras_vera.disable_vera(backbone)
+    before = state(backbone)
+    with pytest.raises(keras_vera.AdapterFileError, match=message):
+        keras_vera.load_adapter(backbone, file)
+    assert state(backbone) == before
