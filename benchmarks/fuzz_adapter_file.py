@@ -32,6 +32,7 @@ def original(folder):
         "kernel_shape": [8, 6],
         "kernel_dtype": "float32",
         "kernel_fingerprint": "0123456789abcdef",
+        "output_offset": 0,
     }
     header = {
         "format_version": _adapter_format.FORMAT_VERSION,
@@ -42,7 +43,10 @@ def original(folder):
         "dropout": 0.0,
         "targets": "attention-qv",
         "bases": ["backbone"],
-        "layers": {"backbone/query": layer, "backbone/value": layer},
+        "layers": {
+            "backbone/query": layer,
+            "backbone/value": {**layer, "output_offset": 6},
+        },
         "projection_sha256": "0" * 64,
     }
     tensors = {"head/kernel": rng.normal(size=(6, 3)).astype("float32")}

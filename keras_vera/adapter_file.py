@@ -179,6 +179,7 @@ def _popped_matrices(header, tensors, filepath):
             f"'{filepath}' is damaged: it says that it carries the random "
             f"matrices for rank {rank}, but they have the shapes {shapes}."
         )
+    _check_pair(pair_sha256(*matrices), header, filepath)
     return matrices
 
 

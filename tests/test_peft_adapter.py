@@ -626,7 +626,7 @@ def add_offset_of_another_type(header, tensors):
 
 
 def reshape_bias(header, tensors):
-    name = next(x for x in tensors if x.endswith("_query_dense/vera_lambda_b"))
+    name = next(x for x in tensors if x.endswith("vera_lambda_b"))
     name = name.replace("vera_lambda_b", "bias")
     tensors[name] = np.zeros(3, "float32")
 
