@@ -27,6 +27,7 @@ class Adaptation:
         layers,
         plan="auto",
         output_offsets=None,
+        ranks=None,
     ):
         self.projection = projection
         self.targets = targets
@@ -36,6 +37,7 @@ class Adaptation:
         self.bases = bases
         self.layers = layers
         self.output_offsets = output_offsets or [0] * len(layers)
+        self.ranks = ranks or [projection.rank] * len(layers)
         self._frozen = []
         self._flags = []
 
@@ -44,7 +46,9 @@ class Adaptation:
         _keras.synchronize(model)
         try:
             self._freeze(model)
-            for layer, offset in zip(self.layers, self.output_offsets):
+            for layer, offset, rank in zip(
+                self.layers, self.output_offsets, self.ranks
+            ):
                 adapt_layer(
                     layer,
                     self.projection,
@@ -52,6 +56,7 @@ class Adaptation:
                     self.dropout,
                     self.plan,
                     offset,
+                    rank,
                 )
                 layer.vera_adaptation = self
             for base in self.bases:
@@ -138,13 +143,21 @@ def check_layer(layer, path):
             f"{what} is not built. Call the model on a batch of data first, "
             "or leave this layer out of `targets`."
         )
-    if layer.quantization_mode is not None:
-        raise ValueError(
-            f"{what} is quantized ('{layer.quantization_mode}'), which VeRA "
-            "does not support yet. Adapt and train the model first, and "
-            "quantize it after `keras_vera.merge(model)`."
-        )
     kind._make_contraction(layer)
+
+
+def check_mergeable(model, layers):
+    """Raises if a base kernel is quantized, which cannot take an adapter."""
+    quantized = [x.name for x in layers if x.quantization_mode is not None]
+    if quantized:
+        raise ValueError(
+            f"Model '{model.name}' is quantized ('{layers[0].quantization_mode}"
+            f"'), in {len(quantized)} adapted layers "
+            f"({', '.join(sorted(set(quantized))[:5])}). Quantizing their "
+            "kernels again with the adapter in them would lose much of it. "
+            "Keep the adapter beside the quantized base, or load the adapter "
+            "into the model before quantization, merge, and then quantize."
+        )
 
 
 def find_bases(model):

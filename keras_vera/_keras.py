@@ -8,6 +8,7 @@ import contextlib
 import gc
 
 import keras
+from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
@@ -76,6 +77,31 @@ def flatten_layers(model):
 
 def sub_layers(layer):
     return list(layer._layers)
+
+
+def stored_attribute(layer, name):
+    """Returns what an instance has under the name of a property."""
+    values = vars(layer)
+    # On PyTorch, layers in attributes are kept as modules.
+    return values[name] if name in values else values["_modules"][name]
+
+
+def is_training(training):
+    """Returns whether the running call trains.
+
+    Keras passes `training` only to a `call` that asks for it.
+    """
+    if training is None:
+        context = global_state.get_global_attribute("current_call_ctx")
+        if context is not None:
+            training = context.get_value("training")
+    return bool(training)
+
+
+def copy_mask(source, target):
+    mask = backend.get_keras_mask(source)
+    if mask is not None:
+        backend.set_keras_mask(target, mask)
 
 
 def is_rematerialized(layer):

@@ -27,7 +27,7 @@ class Plan:
     m_from_kernel: bool
 
 
-def choose_plan(tokens, structure, dtype="float32", plan="auto"):
+def choose_plan(tokens, structure, dtype="float32", plan="auto", inputs=None):
     """Returns the `Plan` of a layer, by counted flops and bytes.
 
     With T tokens, a kernel of m x n and rank r, folding costs 2mnr flops and
@@ -42,11 +42,14 @@ def choose_plan(tokens, structure, dtype="float32", plan="auto"):
         structure: `Dense` or `Blocks`, with the layer's m, n and rank.
         dtype: String, the compute dtype.
         plan: String, one of `PLANS`, to force a form of the forward pass.
+        inputs: Integer, the inputs that `x A` multiplies for each token.
+            Defaults to m; a lookup multiplies none.
 
     Returns:
         A `Plan`.
     """
     m, n = structure.m, structure.n
+    inputs = m if inputs is None else inputs
     itemsize = {"float32": 4, "float64": 8}.get(dtype, 2)
     balance = _FLOPS_PER_BYTE.get(dtype, _FLOPS_PER_BYTE_16_BIT) * itemsize
     # Both matrices are [tokens, width] x [width, .] for tokens, and sum over
@@ -54,7 +57,8 @@ def choose_plan(tokens, structure, dtype="float32", plan="auto"):
     width, depth = structure.width, structure.depth
     # The numbers written, and read again, beside those of the base layer.
     fold = 2 * m * n * depth + balance * 4 * m * n
-    add = 2 * tokens * width * (m + n) + balance * 4 * tokens * (width + n)
+    add = 2 * tokens * width * (inputs + n)
+    add += balance * 4 * tokens * (width + n)
     of_tokens = 2 * tokens * width * (m + n) + balance * 2 * tokens * width
     of_kernel = 2 * m * n * (tokens + depth) + balance * 2 * m * n
     folded = fold < add if plan == "auto" else plan != "additive"

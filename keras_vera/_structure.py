@@ -20,6 +20,7 @@ class Dense:
     m: int
     n: int
     rank: int
+    one_hot: bool = False  # Whether an input picks one row of A.
     blocks = 1
 
     @property
@@ -35,11 +36,29 @@ class Dense:
     @property
     def factors(self):
         """The Kaiming factors of A and B (section 3.3 of the paper)."""
-        return math.sqrt(2 / self.m), math.sqrt(2 / self.rank)
+        # Of a one-hot input, one entry is added up.
+        fan_in = 1 if self.one_hot else self.m
+        return math.sqrt(2 / fan_in), math.sqrt(2 / self.rank)
+
+    def narrow(self, a, b_matrix):
+        """Returns what this rank uses of a pair of a higher rank."""
+        return a[:, : self.rank], b_matrix[: self.rank]
 
     def down(self, x, a):
         """Returns `x A`."""
         return ops.matmul(x, a)
+
+    def rows(self, a, indices):
+        """Returns `x A` for x that are one-hot; indices: [T]."""
+        return ops.take(a, indices, axis=0)
+
+    def full_a(self, a):
+        """Returns A as one matrix, for `from_full_a`."""
+        return a
+
+    def from_full_a(self, h):
+        """Returns what `down` would, from x multiplied by `full_a`."""
+        return h
 
     def up(self, h, b_matrix):
         """Returns `h B`."""
@@ -106,6 +125,7 @@ class Blocks:
     n: int
     rank: int
     blocks: int
+    one_hot: bool = False
 
     @property
     def width(self):
@@ -119,11 +139,33 @@ class Blocks:
     def factors(self):
         # The fan-in of a block.
         s = self.blocks
-        return math.sqrt(2 * s / self.m), math.sqrt(2 * s / self.rank)
+        factor_a = 2 if self.one_hot else 2 * s / self.m
+        return math.sqrt(factor_a), math.sqrt(2 * s / self.rank)
+
+    def narrow(self, a, b_matrix):
+        s, c = self.blocks, self.depth
+        a = ops.reshape(a, (a.shape[0], s, -1))[:, :, :c]
+        b_matrix = ops.reshape(b_matrix, (s, -1, b_matrix.shape[1]))[:, :c]
+        return (
+            ops.reshape(a, (a.shape[0], s * c)),
+            ops.reshape(b_matrix, (s * c, b_matrix.shape[2])),
+        )
 
     def down(self, x, a):
         u = ops.matmul(self._input_blocks(x), self._a(a))
         return self._exchange(u)
+
+    def rows(self, a, indices):
+        return self.from_full_a(
+            self._full_rows(ops.take(a, indices, axis=0), indices)
+        )
+
+    def full_a(self, a):
+        return self._full_rows(a, np.arange(self.m))
+
+    def from_full_a(self, h):
+        h = ops.reshape(h, (-1, self.blocks, h.shape[1] // self.blocks))
+        return ops.transpose(h, (1, 0, 2))
 
     def up(self, h, b_matrix):
         z = ops.matmul(h, self._b(b_matrix))
@@ -215,6 +257,14 @@ class Blocks:
         u = ops.reshape(u, (s, -1, s, c))
         u = ops.transpose(u, (2, 1, 0, 3))
         return ops.reshape(u, (s, -1, s * c))
+
+    def _full_rows(self, rows, indices):
+        """Returns rows of A, [T, s * c], with zeros in the other blocks."""
+        s, c = self.blocks, self.depth
+        block = ops.cast(indices, "int32") // -(-self.m // s)
+        own = ops.one_hot(block, s, dtype=rows.dtype)
+        rows = ops.reshape(rows, (-1, s, 1, c)) * own[:, None, :, None]
+        return ops.reshape(rows, (-1, s * s * c))
 
     def _a(self, a):
         """Returns A by blocks: [s, m / s, s * c]."""

@@ -2,80 +2,116 @@
 
 import difflib
 import re
+import warnings
 
+from keras_vera._checks import check_integer
+from keras_vera._roles import ROLES
 from keras_vera.layers._kinds import KINDS
 from keras_vera.layers._kinds import kind_of
 
-# A projection in an attention layer, by its name or its attribute's name.
-_PROJECTION = re.compile(
-    r"_*(?P<role>query|key|value|q|k|v)"
-    r"(_(dense|dense_layer|einsum|proj|projection|projector))?"
-)
 
-
-def _attention(paths):
-    return _attention_projections(paths, None)
-
-
-def _attention_qv(paths):
-    return _attention_projections(paths, ("q", "v"))
-
-
-def _all_linear(paths):
-    return [p for p, layer in paths.items() if kind_of(type(layer))]
-
-
-ROLES = {
-    "attention-qv": _attention_qv,
-    "attention": _attention,
-    "all-linear": _all_linear,
-}
-
-
-def resolve_targets(targets, paths):
-    """Returns the structural paths of the layers that `targets` means.
+def resolve_targets(targets, exclude, rank, paths):
+    """Returns the rank of each layer that is to be adapted.
 
     Args:
         targets: A role, a layer name, a regular expression that fullmatches
-            structural or Keras paths, a list of these, or a predicate.
+            structural or Keras paths, a predicate, a list of these, or a dict
+            of ranks (`None` for `rank`) by these. Where several match a layer,
+            the last one counts.
+        exclude: As `targets`, without a dict; or `None`.
+        rank: Integer.
         paths: Dict of the layers that can be meant, by structural path.
 
     Returns:
-        A list of keys of `paths`, in their order.
+        A dict of ranks by keys of `paths`, in their order.
 
     Raises:
         ValueError: If a target is of no known form or matches no layer that
             can be adapted.
     """
-    if callable(targets):
-        found = {p for p in _all_linear(paths) if targets(paths[p])}
-        if not found:
-            _raise_nothing(f"the predicate {targets!r}", paths)
-        return [p for p in paths if p in found]
-    listed = [targets] if isinstance(targets, str) else targets
+    if isinstance(targets, dict):
+        ranks = {
+            target: rank if own is None else check_integer("rank", own, 1)
+            for target, own in targets.items()
+        }
+    else:
+        ranks = dict.fromkeys(_listed("targets", targets), rank)
+    if not ranks:
+        _raise_no_target("targets", targets)
+    found = {}
+    for target, own in ranks.items():
+        for path in _resolve_one("targets", target, paths):
+            found[path] = own
+    excluded = set()
+    for target in [] if exclude is None else _listed("exclude", exclude):
+        excluded.update(_resolve_one("exclude", target, paths))
+    found = {p: found[p] for p in paths if p in found and p not in excluded}
+    if not found:
+        raise ValueError(
+            f"`exclude` leaves nothing of `targets`. Received: "
+            f"targets={targets!r}, exclude={exclude!r}"
+        )
+    return _built(found, paths)
+
+
+def _listed(name, targets):
+    one = isinstance(targets, str) or callable(targets)
+    listed = [targets] if one else targets
     if (
         not isinstance(listed, (list, tuple))
         or not listed
-        or not all(isinstance(t, str) and t for t in listed)
+        or not all(t and (isinstance(t, str) or callable(t)) for t in listed)
     ):
+        _raise_no_target(name, targets)
+    return listed
+
+
+def _raise_no_target(name, targets):
+    also = ", or a dict of ranks by these" if name == "targets" else ""
+    raise ValueError(
+        f"`{name}` must be a role ({', '.join(map(repr, ROLES))}), a layer "
+        "name, a regular expression over layer paths, a predicate that takes "
+        f"a layer, or a list of these{also}. Received: {name}={targets!r}"
+    )
+
+
+def _built(found, paths):
+    """Leaves out layers that hold no weights yet, and says so."""
+    unbuilt = [path for path in found if not paths[path].built]
+    if len(unbuilt) == len(found):
         raise ValueError(
-            "`targets` must be a role "
-            f"({', '.join(map(repr, ROLES))}), a layer name, a regular "
-            "expression over layer paths, a list of these, or a predicate "
-            f"that takes a layer. Received: targets={targets!r}"
+            f"The layers that `targets` matches are not built: {unbuilt}. "
+            "Call the model on a batch of data that reaches them first."
         )
-    found = set()
-    for target in listed:
-        found.update(_resolve_one(target, paths))
-    return [p for p in paths if p in found]
+    if unbuilt:
+        warnings.warn(
+            f"{len(unbuilt)} layers that `targets` matches are not built and "
+            f"stay as they are: {', '.join(unbuilt[:5])}"
+            f"{', ...' if len(unbuilt) > 5 else ''}. To adapt them, call the "
+            "model on a batch of data that reaches them before `enable_vera`.",
+            stacklevel=4,
+        )
+    return {path: own for path, own in found.items() if path not in unbuilt}
 
 
-def _resolve_one(target, paths):
-    if target in ROLES:
-        found = ROLES[target](paths)
-        if not found:
-            _raise_nothing(f"the role {target!r}", paths)
-        return found
+def _resolve_one(argument, target, paths):
+    adaptable = {p: x for p, x in paths.items() if kind_of(type(x))}
+    if callable(target):
+        found = [p for p, layer in adaptable.items() if target(layer)]
+        what = f"the predicate {target!r}"
+    elif target in ROLES:
+        found = ROLES[target](paths, adaptable)
+        what = f"the role {target!r}"
+    else:
+        found = _named(argument, target, paths)
+        what = repr(target)
+    if not found:
+        _raise_nothing(argument, what, paths, adaptable)
+    return found
+
+
+def _named(argument, target, paths):
+    """Returns the layers of this name or attribute, or that it matches."""
     named = [
         p
         for p, layer in paths.items()
@@ -86,8 +122,8 @@ def _resolve_one(target, paths):
             pattern = re.compile(target)
         except re.error as error:
             raise ValueError(
-                f"`targets` holds {target!r}, which is neither a layer's name "
-                f"nor a valid regular expression ({error})."
+                f"`{argument}` holds {target!r}, which is neither a layer's "
+                f"name nor a valid regular expression ({error})."
             ) from None
         named = [
             p
@@ -99,51 +135,24 @@ def _resolve_one(target, paths):
         types = sorted({type(paths[p]).__name__ for p in named})
         supported = ", ".join(c.__name__ for c in KINDS)
         raise ValueError(
-            f"`targets` holds {target!r}, which names layers of type "
+            f"`{argument}` holds {target!r}, which names layers of type "
             f"{', '.join(types)}. VeRA adapts {supported} layers, and "
             "subclasses that keep their `call`."
         )
-    if not found:
-        _raise_nothing(f"{target!r}", paths)
     return found
 
 
-def _raise_nothing(target, paths):
-    names = sorted({paths[p].name for p in _all_linear(paths)})
-    near = difflib.get_close_matches(target.strip("'"), names)
+def _raise_nothing(argument, what, paths, adaptable):
+    names = sorted({layer.name for layer in adaptable.values()})
+    near = difflib.get_close_matches(what.strip("'"), names)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     available = ", ".join(map(repr, names[:30])) or "none"
+    roles = {name: len(role(paths, adaptable)) for name, role in ROLES.items()}
+    roles = ", ".join(f"{name!r} ({n})" for name, n in roles.items() if n)
     raise ValueError(
-        f"`targets`: {target} matches no layer that can be adapted.{hint} "
+        f"`{argument}`: {what} matches no layer that can be adapted.{hint} "
+        f"Roles that match layers of this model: {roles or 'none'}. "
         f"Layers that can be adapted: {available}"
-        f"{', ...' if len(names) > 30 else ''}. "
-        "Pass their names, a regular expression over their paths, a "
-        "predicate, or targets='all-linear'."
+        f"{', ...' if len(names) > 30 else ''}. Pass a role, names, a regular "
+        "expression over layer paths, or a predicate."
     )
-
-
-def _attention_projections(paths, roles):
-    """Finds attention by structure: a layer with a query and a value below.
-
-    Args:
-        paths: Dict of layers by structural path.
-        roles: First letters of the projections to return, or `None` for all
-            linear layers of the attention layer.
-    """
-    children = {}
-    for path, layer in paths.items():
-        if not kind_of(type(layer)):
-            continue
-        parent, _, attribute = path.rpartition("/")
-        match = _PROJECTION.fullmatch(layer.name) or _PROJECTION.fullmatch(
-            attribute
-        )
-        role = match["role"][0] if match else None
-        children.setdefault(parent, []).append((path, role))
-    return [
-        path
-        for siblings in children.values()
-        if {"q", "v"} <= {role for _, role in siblings}
-        for path, role in siblings
-        if roles is None or role in roles
-    ]

@@ -8,11 +8,13 @@ from keras_vera._adaptation import base_paths
 from keras_vera._adaptation import check_adapted
 from keras_vera._adaptation import check_base_is_clean
 from keras_vera._adaptation import check_layer
+from keras_vera._adaptation import check_mergeable
 from keras_vera._adaptation import check_model
 from keras_vera._adaptation import find_bases
 from keras_vera._adaptation import restore
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
+from keras_vera._checks import check_integer
 from keras_vera._checks import check_plan
 from keras_vera._targets import resolve_targets
 from keras_vera.projection import SharedProjection
@@ -23,6 +25,7 @@ def enable_vera(
     rank=256,
     seed=0,
     targets="attention-qv",
+    exclude=None,
     d_initial=0.1,
     dropout=0.0,
     structure="dense",
@@ -94,19 +97,21 @@ def enable_vera(
     - [Kopiczko et al., 2024](https://arxiv.org/abs/2310.11454)
     """
     check_model(model)
+    rank = check_integer("rank", rank, 1)
     bases = find_bases(model)
     paths = base_paths(model, bases)
-    found = resolve_targets(targets, paths)
-    for path in found:
+    ranks = resolve_targets(targets, exclude, rank, paths)
+    for path in ranks:
         check_layer(paths[path], path)
     Adaptation(
-        projection=SharedProjection(seed, rank, structure),
+        projection=SharedProjection(seed, max(ranks.values()), structure),
         targets=targets,
         d_initial=check_d_initial(d_initial),
         dropout=check_dropout(dropout),
         bases=bases,
-        layers=[paths[path] for path in found],
+        layers=[paths[path] for path in ranks],
         plan=check_plan(plan),
+        ranks=list(ranks.values()),
     ).apply(model)
 
 
@@ -147,7 +152,9 @@ def merge(model):
             called, or one that holds `keras_vera.layers`.
 
     Raises:
-        ValueError: If the model is not adapted.
+        ValueError: If the model is not adapted, or if its base is quantized:
+            quantizing again would lose much of the adapter. The model is
+            then as it was.
 
     Example:
 
@@ -157,7 +164,9 @@ def merge(model):
     model.save("merged.keras")
     ```
     """
-    restore(model, check_adapted(model), merge=True)
+    layers = check_adapted(model)
+    check_mergeable(model, layers)
+    restore(model, layers, merge=True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,9 @@ from keras_vera._adapter_format import check_filepath
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._fingerprint import kernel_fingerprint
+from keras_vera.layers._base_layer import kernel_dtype
+from keras_vera.layers._base_layer import kernel_shape
+from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
 from keras_vera.projection import EXPLICIT
@@ -136,6 +139,7 @@ def load_adapter(model, filepath):
         projection, settings = _checked_settings(header, matrices, filepath)
         layers, bases = _check_base_model(model, paths, header, filepath)
         _check_kernels(layers, header, filepath)
+        _note_ranks(header, tensors)
         expected = expected_entries(paths, header, bases)
         check_entries(expected, tensors, filepath)
         _check_biases(layers, biases, filepath)
@@ -156,6 +160,7 @@ def load_adapter(model, filepath):
             output_offsets=[
                 x["output_offset"] for x in header["layers"].values()
             ],
+            ranks=[x["rank"] for x in header["layers"].values()],
             **settings,
         ).apply(model)
     for name, variable in trained_variables(paths).items():
@@ -163,6 +168,14 @@ def load_adapter(model, filepath):
     for path, layer in layers.items():
         if path in biases or getattr(layer, "vera_base_bias", None) is not None:
             layer.set_adapter_bias(biases.get(path))
+
+
+def _note_ranks(header, tensors):
+    """Adds the rank of each layer to the header: the length of its d."""
+    for path, layer in header["layers"].items():
+        shape = tensors[_entry_name(path, "vera_lambda_d", ())].shape
+        narrow = len(shape) == 1 and 1 <= shape[0] < header["rank"]
+        layer["rank"] = shape[0] if narrow else header["rank"]
 
 
 def _popped_matrices(header, tensors, filepath):
@@ -279,6 +292,8 @@ def make_header(model, paths):
     (((rank, seed, structure), own),) = settings
     plan = getattr(layers[0], "vera_adaptation", None)
     targets = None if plan is None else plan.targets
+    if isinstance(targets, dict):
+        targets = list(targets)
     return {
         "format_version": _adapter_format.FORMAT_VERSION,
         "rank": rank,
@@ -290,9 +305,9 @@ def make_header(model, paths):
         "bases": _base_paths(model, paths),
         "layers": {
             path: {
-                "kernel_shape": list(layer._kernel.shape),
-                "kernel_dtype": layer.variable_dtype,
-                "kernel_fingerprint": kernel_fingerprint(layer._kernel),
+                "kernel_shape": list(kernel_shape(layer)),
+                "kernel_dtype": kernel_dtype(layer),
+                "kernel_fingerprint": kernel_fingerprint(stored_kernel(layer)),
                 "output_offset": layer.vera_output_offset,
             }
             for path, layer in adapted.items()
@@ -412,18 +427,18 @@ def _check_kernels(layers, header, filepath, reference=None):
     def fingerprint(path, layer):
         if reference is not None:
             return reference["layers"][path]["kernel_fingerprint"]
-        return kernel_fingerprint(layer._kernel)
+        return kernel_fingerprint(stored_kernel(layer))
 
     shapes, values = [], []
     for path, layer in layers.items():
         expected = header["layers"][path]
-        if list(layer._kernel.shape) != expected["kernel_shape"]:
+        if list(kernel_shape(layer)) != expected["kernel_shape"]:
             shapes.append(
-                f"'{path}' has a kernel of shape {tuple(layer._kernel.shape)},"
+                f"'{path}' has a kernel of shape {kernel_shape(layer)},"
                 f" not {tuple(expected['kernel_shape'])}"
             )
         elif (
-            layer.variable_dtype == expected["kernel_dtype"]
+            kernel_dtype(layer) == expected["kernel_dtype"]
             and fingerprint(path, layer) != expected["kernel_fingerprint"]
         ):
             values.append(path)
@@ -453,11 +468,11 @@ def _used_pair(layers):
     projection = layers[0].projection
     if projection.structure == EXPLICIT:
         return projection.vera_kernel_a, projection.vera_kernel_b
-    slices = [layer.projection_slices() for layer in layers]
-    return (
-        max((a for a, _ in slices), key=lambda a: a.shape[0]),
-        max((b for _, b in slices), key=lambda b: b.shape[1]),
-    )
+    used = [layer._vera_layout.contraction for layer in layers]
+    m, n = max(x.m for x in used), max(x.n for x in used)
+    a = ops.convert_to_tensor(projection.vera_kernel_a)
+    b_matrix = ops.convert_to_tensor(projection.vera_kernel_b)
+    return a[:m], b_matrix[:, :n]
 
 
 def _largest_dims(layers, header):
@@ -492,7 +507,8 @@ def expected_entries(paths, header=None, bases=None):
         for path in header["layers"]:
             layer = paths[path]
             n = kind_of(type(layer))._make_contraction(layer).n
-            sizes = {"vera_lambda_d": header["rank"], "vera_lambda_b": n}
+            rank = header["layers"][path]["rank"]
+            sizes = {"vera_lambda_d": rank, "vera_lambda_b": n}
             for name, size in sizes.items():
                 name = _entry_name(path, name, expected)
                 expected[name] = (size,), "float32"

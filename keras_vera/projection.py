@@ -129,7 +129,7 @@ class SharedProjection:
         if self.structure == EXPLICIT:
             return
         a, b = self.vera_kernel_a, self.vera_kernel_b
-        width = self._make_structure(input_dim, output_dim).width
+        width = self._make_structure(input_dim, output_dim, self.rank).width
         if a is None or a.shape[0] < input_dim:
             self.vera_kernel_a = self._make_variable(
                 "vera_kernel_a", (input_dim, width), self._entries_a
@@ -141,16 +141,21 @@ class SharedProjection:
             )
             self._replace(b, self.vera_kernel_b)
 
-    def structure_of(self, contraction):
-        """Returns how the pair of a layer is laid out."""
-        return self._make_structure(contraction.m, contraction.n)
+    def structure_of(self, contraction, rank=None):
+        """Returns how the pair of a layer, of no higher rank, is laid out."""
+        return self._make_structure(
+            contraction.m,
+            contraction.n,
+            self.rank if rank is None else rank,
+            contraction.one_hot,
+        )
 
-    def _make_structure(self, m, n):
+    def _make_structure(self, m, n, rank, one_hot=False):
         if self.structure == EXPLICIT:
-            return Explicit(m, n, self.rank)
+            return Explicit(m, n, rank, one_hot)
         if self.blocks == 1:
-            return Dense(m, n, self.rank)
-        return Blocks(m, n, self.rank, self.blocks)
+            return Dense(m, n, rank, one_hot)
+        return Blocks(m, n, rank, self.blocks, one_hot)
 
     def get_config(self):
         return {

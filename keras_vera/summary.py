@@ -9,6 +9,7 @@ import rich.table
 
 from keras_vera._adaptation import adapted_layers
 from keras_vera._adaptation import check_adapted
+from keras_vera.layers._base_layer import kernel_shape
 
 _LORA_RANK = 8
 
@@ -48,13 +49,13 @@ def summary(model, line_length=None, print_fn=None):
     vectors = lora = 0
     for path, layer in layers.items():
         own, own_bytes = _size(_vectors(layer))
-        own_lora = _lora_size(layer._kernel.shape)
+        own_lora = _lora_size(kernel_shape(layer))
         vectors += own
         lora += own_lora
         table.add_row(
             path,
-            str(tuple(layer._kernel.shape)),
-            str(layer.projection.rank),
+            str(kernel_shape(layer)),
+            str(layer.vera_lambda_d.shape[0]),
             f"{own:,}",
             f"{own_bytes:,}",
             f"{own_lora:,}",

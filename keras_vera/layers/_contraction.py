@@ -22,6 +22,7 @@ class Contraction:
     input_permutation: tuple | None = None
     kernel_permutation: tuple | None = None
     output_permutation: tuple | None = None
+    one_hot: bool = False  # Whether the input holds indices of kernel rows.
 
     @property
     def m(self):
@@ -80,13 +81,8 @@ class Contraction:
         return ops.reshape(y, (-1, self.n))
 
     def tokens(self, shape):
-        """Returns T for an input of this shape.
-
-        TensorFlow traces `fit` for batches of any size, and so do exports:
-        what is unknown counts as 32, the batch size that Keras has by default.
-        """
-        kept = self._kept(shape)
-        return math.prod(x if isinstance(x, int) else 32 for x in kept)
+        """Returns T for an input of this shape."""
+        return count_tokens(self._kept(shape))
 
     def _kept(self, shape):
         """Returns the dimensions of the input that the output has too."""
@@ -111,6 +107,15 @@ class Contraction:
         if self.kernel_permutation:
             kernel = ops.transpose(kernel, _inverse(self.kernel_permutation))
         return kernel
+
+
+def count_tokens(dims):
+    """Returns the product of dimensions, some of which may be unknown.
+
+    TensorFlow traces `fit` for batches of any size, and so do exports: what
+    is unknown counts as 32, the batch size that Keras has by default.
+    """
+    return math.prod(x if isinstance(x, int) else 32 for x in dims)
 
 
 def dense_contraction(kernel_shape):

@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_vera import _keras
 from keras_vera._fingerprint import kernel_fingerprint
+from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._kinds import kind_of
 from keras_vera.layers._vera_layer import VeRALayer
 from keras_vera.projection import EXPLICIT
@@ -70,9 +71,10 @@ class InPlaceVeRA:
     def load_own_variables(self, store):
         group = _keras.hidden_group(store)
         if group is not None and self._is_of_this_adapter(group):
-            base_kernel = ops.convert_to_numpy(self._kernel).copy()
+            kernel = stored_kernel(self)
+            base_kernel = ops.convert_to_numpy(kernel).copy()
             super().load_own_variables(store)
-            self._kernel.assign(base_kernel)
+            kernel.assign(base_kernel)
             for name in _VECTORS:
                 array = _keras.hidden_array(group, name)
                 getattr(self, name).assign(array)
@@ -80,11 +82,12 @@ class InPlaceVeRA:
         super().load_own_variables(store)
         self.__dict__.pop("vera_base_bias", None)
         self.reset_vectors()
-        self.vera_base_is_merged = group is not None
+        is_quantized = self.quantization_mode is not None
+        self.vera_base_is_merged = group is not None and not is_quantized
 
     def _check_load_own_variables(self, store):
         # Keras counts all variables of the layer; files lack the adapter's.
-        expected = 1 if self.bias is None else 2
+        expected = len(_keras.own_variables(self)) - 2 - len(_VECTORS)
         if len(store.keys()) != expected:
             raise ValueError(
                 f"Layer '{self.name}' expected {expected} variables, but "
@@ -93,11 +96,14 @@ class InPlaceVeRA:
 
     def _identity(self):
         identity = {
-            "kernel": kernel_fingerprint(self._kernel),
+            "kernel": kernel_fingerprint(stored_kernel(self)),
             "seed": self.projection.seed,
             "rank": self.projection.rank,
             "structure": self.projection.structure,
         }
+        rank = self.vera_lambda_d.shape[0]
+        if rank != self.projection.rank:
+            identity["layer_rank"] = rank
         if self.projection.structure == EXPLICIT:
             identity["sha256"] = pair_sha256(*self.projection_slices())
         return identity
@@ -130,7 +136,7 @@ def restore_layer(layer, merge=False):
         merge: Whether the kernel keeps the adapter.
     """
     if merge:
-        layer._kernel.assign(layer.kernel)
+        stored_kernel(layer).assign(layer.adapted_kernel())
         layer.__dict__.pop("vera_base_bias", None)
     elif isinstance(layer, InPlaceVeRA):
         layer.set_adapter_bias(None)

@@ -1,31 +1,237 @@
 """What each kind of Keras layer contributes to its adapted form.
 
-A new layer type starts here: a mixin with the layer's `Contraction`, and a row
-in `KINDS`.
+A new layer type starts here: a mixin with the layer's `Contraction` and what
+its adapter adds, and a row in `KINDS`.
 """
 
 import keras
+from keras import ops
 
+from keras_vera._arithmetic import adapter_product
+from keras_vera._arithmetic import convolution_product
+from keras_vera._arithmetic import folded_kernel
+from keras_vera._arithmetic import folded_product
+from keras_vera._arithmetic import lookup_product
+from keras_vera._arithmetic import reverse_lookup_product
+from keras_vera._bank_scope import rows_of
+from keras_vera.layers._base_layer import kernel_shape
+from keras_vera.layers._contraction import Contraction
+from keras_vera.layers._contraction import count_tokens
 from keras_vera.layers._contraction import dense_contraction
 from keras_vera.layers._contraction import einsum_contraction
 from keras_vera.layers._vera_layer import VeRALayer
+from keras_vera.layers._vera_layer import after_adapter
 
 
-class DenseKind(VeRALayer):
+class _MatrixKind(VeRALayer):
+    """A layer that multiplies by its kernel."""
+
+    activation = after_adapter("activation")
+
+    @property
+    def kernel(self):
+        return self._shown_kernel(super().kernel)
+
+    def call(self, inputs, training=None):
+        tokens = self._vera_layout.contraction.tokens(inputs.shape)
+        if not self._is_folded(tokens, training):
+            return self._added_call(inputs, training=training)
+        output = folded_product(
+            ops.cast(inputs, self.compute_dtype),
+            ops.convert_to_tensor(self._kernel),
+            self.projection_slices(),
+            *self._vectors(),
+            self._vera_layout,
+            self._choose_plan(tokens),
+        )
+        if self.bias is not None:
+            output = ops.add(output, self.bias)
+        return self._activated(output)
+
+    def _adapter_output(self, inputs, training):
+        x = ops.cast(inputs, self.compute_dtype)
+        return adapter_product(
+            self._dropped(x, training),
+            self.projection_slices(),
+            *self._vectors_for(x),
+            self._vera_layout,
+            self._choose_plan(self._vera_layout.contraction.tokens(x.shape)),
+        )
+
+
+class DenseKind(_MatrixKind):
     def _make_contraction(self):
-        return dense_contraction(self._kernel.shape)
+        return dense_contraction(kernel_shape(self))
 
 
-class EinsumDenseKind(VeRALayer):
+class EinsumDenseKind(_MatrixKind):
     def _make_contraction(self):
         return einsum_contraction(
-            self.equation, self.input_spec.ndim, self._kernel.shape
+            self.equation, self.input_spec.ndim, kernel_shape(self)
         )
+
+
+class EmbeddingKind(VeRALayer):
+    """A table, `W[i]`: the product with one-hot inputs."""
+
+    @property
+    def embeddings(self):
+        return self._shown_kernel(super().embeddings)
+
+    def _make_contraction(self):
+        vocabulary, width = kernel_shape(self)
+        return Contraction((vocabulary,), (width,), one_hot=True)
+
+    def call(self, inputs, training=None):
+        if self._is_folded(count_tokens(inputs.shape), training, inputs=0):
+            return super().call(inputs)
+        return self._added_call(inputs, training=training)
+
+    def _adapter_output(self, inputs, training):
+        indices = inputs
+        if "int" not in keras.backend.standardize_dtype(indices.dtype):
+            indices = ops.cast(indices, "int32")
+        added = lookup_product(
+            indices,
+            self.projection_slices(),
+            *self._vectors_for(indices),
+            self._vera_layout,
+            self.compute_dtype,
+        )
+        # A one-hot input drops out as a whole.
+        kept = self._dropped(ops.ones_like(added[..., :1]), training)
+        return added * kept
+
+    def _activated(self, output, training=None):
+        return output
+
+
+class ReversibleEmbeddingKind(EmbeddingKind):
+    """A table that also projects onto its rows, `x W^T`, if it is tied."""
+
+    logit_soft_cap = after_adapter("logit_soft_cap")
+
+    def call(self, inputs, reverse=False, training=None):
+        if not reverse:
+            if self._is_folded(count_tokens(inputs.shape), training, inputs=0):
+                return super(EmbeddingKind, self).call(inputs)
+            return self._added_call(inputs, training=training)
+        if not self.tie_weights or self._is_folded(
+            count_tokens(inputs.shape[:-1]), training
+        ):
+            return super(EmbeddingKind, self).call(inputs, reverse=True)
+        return self._added_call(inputs, reverse=True, training=training)
+
+    def quantized_call(self, inputs, reverse=False):
+        if reverse and not self.tie_weights:
+            return super(VeRALayer, self).quantized_call(inputs, reverse=True)
+        return self._added_call(inputs, reverse=reverse)
+
+    def _adapter_output(self, inputs, training, reverse=False):
+        if not reverse:
+            return super()._adapter_output(inputs, training)
+        x = ops.cast(inputs, self.reverse_dtype or self.compute_dtype)
+        return reverse_lookup_product(
+            self._dropped(x, training),
+            self.projection_slices(),
+            *self._vectors_for(x),
+            self._vera_layout,
+        )
+
+    def _activated(self, output, reverse=False):
+        soft_cap = self.logit_soft_cap
+        if reverse and soft_cap is not None:
+            output = ops.tanh(output / soft_cap) * soft_cap
+        return output
+
+
+class ConvolutionKind(VeRALayer):
+    """A convolution, whose kernel is `[positions * channels, filters]`."""
+
+    activation = after_adapter("activation")
+
+    @property
+    def kernel(self):
+        return self._shown_kernel(super().kernel)
+
+    def _make_contraction(self):
+        *input_dims, filters = kernel_shape(self)
+        return Contraction(tuple(input_dims), (filters,))
+
+    def call(self, inputs, training=None):
+        if self._is_folded(self._positions(inputs), training, self._inputs):
+            return super().call(inputs)
+        return self._added_call(inputs, training=training)
+
+    def _is_folded(self, tokens, training, inputs):
+        if self.groups > 1 and rows_of(self) is None:
+            # `x A` would have to be made for each group.
+            return not self._drops_out(training)
+        return super()._is_folded(tokens, training, inputs)
+
+    def _adapter_output(self, inputs, training):
+        x = self._dropped(ops.cast(inputs, self.compute_dtype), training)
+        pair, vectors = self.projection_slices(), self._vectors_for(x)
+        if self.groups > 1:
+            if rows_of(self) is not None:
+                raise ValueError(
+                    f"The convolution '{self.name}' has {self.groups} groups, "
+                    "which an `AdapterBank` cannot mix. Leave this layer out "
+                    "of `targets`."
+                )
+            kernel = ops.zeros(self._kernel.shape, self.compute_dtype)
+            delta = folded_kernel(kernel, pair, *vectors, self._vera_layout)
+            return self._convolve(x, delta)
+        added = convolution_product(
+            x,
+            pair,
+            *vectors,
+            self._vera_layout,
+            lambda x, kernel: self._channels_last(self._convolve(x, kernel)),
+        )
+        if self.data_format == "channels_first":
+            added = ops.moveaxis(added, -1, 1)
+        return added
+
+    def _convolve(self, x, kernel):
+        padding = self.padding
+        if padding == "causal":
+            x = ops.pad(x, self._compute_causal_padding())
+            padding = "valid"
+        return ops.conv(
+            x,
+            kernel,
+            strides=list(self.strides),
+            padding=padding,
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )
+
+    def _channels_last(self, x):
+        if self.data_format == "channels_first":
+            x = ops.moveaxis(x, 1, -1)
+        return x
+
+    def _positions(self, inputs):
+        shape = list(self.compute_output_shape(inputs.shape))
+        del shape[-1 if self.data_format == "channels_last" else 1]
+        return count_tokens(shape)
+
+    @property
+    def _inputs(self):
+        """The inputs that `x A` multiplies: of blocks, the zeros as well."""
+        structure = self._vera_layout.structure
+        return structure.m * structure.blocks
 
 
 KINDS = {
     keras.layers.Dense: DenseKind,
     keras.layers.EinsumDense: EinsumDenseKind,
+    keras.layers.ReversibleEmbedding: ReversibleEmbeddingKind,
+    keras.layers.Embedding: EmbeddingKind,
+    keras.layers.Conv1D: ConvolutionKind,
+    keras.layers.Conv2D: ConvolutionKind,
+    keras.layers.Conv3D: ConvolutionKind,
 }
 
 

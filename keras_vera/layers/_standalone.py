@@ -7,6 +7,7 @@ from keras_vera import _keras
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._checks import check_plan
+from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.projection import EXPLICIT
 from keras_vera.projection import SharedProjection
 from keras_vera.projection import pair_sha256
@@ -52,7 +53,6 @@ class StandaloneVeRA:
                 "`rank` must be that of `projection`, or be left out. "
                 f"Received: rank={rank}, projection.rank={projection.rank}"
             )
-        self.rank = projection.rank
         self.d_initial = check_d_initial(d_initial)
         self.dropout = check_dropout(dropout)
         self.plan = check_plan(plan)
@@ -75,7 +75,7 @@ class StandaloneVeRA:
     def get_config(self):
         return {
             **super().get_config(),
-            "rank": self.rank,
+            "rank": self._shared_projection.rank,
             "projection": keras.saving.serialize_keras_object(
                 self._shared_projection
             ),
@@ -111,7 +111,7 @@ class StandaloneVeRA:
 
     def _check_load_own_variables(self, store):
         expected = {_HASH, *_VECTORS, "0"}
-        if self.bias is not None:
+        if getattr(self, "bias", None) is not None:
             expected.add("1")
         received = set(store.keys())
         if received != expected:
@@ -119,12 +119,13 @@ class StandaloneVeRA:
                 f"Layer '{self.name}' expected the variables "
                 f"{sorted(expected)}, but the file holds {sorted(received)}."
             )
+        projection = self._shared_projection
         if not np.array_equal(store[_HASH], self._projection_hash()):
             raise ValueError(
                 f"Layer '{self.name}' was saved with other random matrices "
-                f"than seed={self._shared_projection.seed}, "
-                f"rank={self.rank} make here. The file is damaged, or was "
-                "made by an incompatible version of keras_vera."
+                f"than seed={projection.seed}, rank={projection.rank} make "
+                "here. The file is damaged, or was made by an incompatible "
+                "version of keras_vera."
             )
 
     def _projection_hash(self):
@@ -140,4 +141,4 @@ class _WithoutMerging:
         self._layer = layer
 
     def __setitem__(self, key, value):
-        self._store[key] = self._layer._kernel if key == "0" else value
+        self._store[key] = stored_kernel(self._layer) if key == "0" else value

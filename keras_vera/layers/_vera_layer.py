@@ -1,3 +1,4 @@
+import contextvars
 from dataclasses import dataclass
 
 import keras
@@ -5,13 +6,14 @@ from keras import ops
 
 from keras_vera import _keras
 from keras_vera._arithmetic import Layout
-from keras_vera._arithmetic import adapted_product
-from keras_vera._arithmetic import adapter_product
-from keras_vera._arithmetic import merged_kernel
-from keras_vera._arithmetic import mixed_product
+from keras_vera._arithmetic import folded_kernel
 from keras_vera._bank_scope import check_rows
 from keras_vera._bank_scope import rows_of
 from keras_vera._plan import choose_plan
+from keras_vera.layers._base_layer import stored_kernel
+
+# The adapted layer of which only the base layer's output is wanted.
+_base_only = contextvars.ContextVar("keras_vera_base_only", default=None)
 
 _ATTRIBUTES = (
     "vera_kernel_a",
@@ -25,6 +27,24 @@ _ATTRIBUTES = (
     "_vera_layout",
     "_vera_seed_generator",
 )
+
+
+def after_adapter(name):
+    """Returns a property for what the base layer applies to its product.
+
+    It is hidden while the base layer's output is computed, so that the
+    adapter comes before it.
+    """
+
+    def get(layer):
+        if _base_only.get() is layer:
+            return None
+        return _keras.stored_attribute(layer, name)
+
+    def set(layer, value):
+        vars(layer)[name] = value
+
+    return property(get, set)
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,8 @@ class VeRALayer:
     `SharedProjection`, whose two variables it tracks (a sub-layer would show
     up in weight files and stop `Model.quantize`).
 
-    A class for one kind of Keras layer adds `_make_contraction`.
+    A class for one kind of Keras layer adds `_make_contraction`, `call`, and
+    `_adapter_output`, what the adapter adds to the base layer's output.
     """
 
     # The base layer's bias, where the adapter has one of its own.
@@ -54,6 +75,7 @@ class VeRALayer:
         dropout=0.0,
         plan="auto",
         output_offset=0,
+        rank=None,
     ):
         """Adds the adapter to a built layer: the one place that does.
 
@@ -64,13 +86,16 @@ class VeRALayer:
             plan: String, how it is computed; see `choose_plan`.
             output_offset: Integer, the first column of B that it uses, other
                 than 0 in a layer that is a part of one with a pair of its own.
+            rank: Integer, the length of d, where it is less than the rank of
+                the projection.
         """
+        rank = projection.rank if rank is None else rank
         contraction = self._make_contraction()
         projection.register(self)
         projection.reserve(contraction.m, contraction.n)
         with _keras.new_state_allowed(self):
             self._vera_layout = Layout(
-                contraction, projection.structure_of(contraction)
+                contraction, projection.structure_of(contraction, rank)
             )
             self._vera_settings = _Settings(d_initial, dropout)
             self._vera_plan = plan
@@ -78,7 +103,7 @@ class VeRALayer:
             self.vera_output_offset = output_offset
             self.vera_lambda_d = self.add_weight(
                 name="vera_lambda_d",
-                shape=(projection.rank,),
+                shape=(rank,),
                 initializer=keras.initializers.Constant(d_initial),
                 dtype="float32",
                 autocast=False,
@@ -102,39 +127,38 @@ class VeRALayer:
             if name in self.__dict__:
                 _keras.remove_attribute(self, name)
 
-    @property
-    def kernel(self):
-        """The kernel with the adapter merged, as Keras' LoRA shows it."""
-        if not hasattr(self, "vera_lambda_d"):
-            return super().kernel
-        if rows_of(self) is not None:
-            raise ValueError(
-                f"The kernel of layer '{self.name}' is read without calling "
-                "the layer, which works for one adapter, but not in an "
-                "`AdapterBank`. Leave this layer out of `targets`."
-            )
-        return merged_kernel(
-            ops.convert_to_tensor(self._kernel),
-            self.projection_slices(),
-            *self._vectors(),
-            self._vera_layout,
-        )
+    def quantized_call(self, inputs, *args, **kwargs):
+        # Keras calls this instead of `call` where the base is quantized.
+        return self._added_call(inputs, *args, **kwargs)
 
-    def call(self, inputs, training=None):
-        x = self._adapted_product(inputs, training)
-        if self.bias is not None:
-            x = ops.add(x, self.bias)
+    def _added_call(self, inputs, *args, training=None, **kwargs):
+        """Adds what the adapter adds to what the base layer computes."""
+        added = self._adapter_output(
+            inputs, _keras.is_training(training), *args, **kwargs
+        )
+        if training is not None and self._call_has_training_arg:
+            kwargs["training"] = training
+        base = self._base_output(inputs, *args, **kwargs)
+        # Not `ops.add`, which takes an empty 2D tensor for a bias.
+        output = base + ops.cast(added, base.dtype)
+        _keras.copy_mask(base, output)
+        return self._activated(output, *args, **kwargs)
+
+    def _base_output(self, *args, **kwargs):
+        """Returns what the base layer computes before its activation."""
+        is_quantized = self.quantization_mode is not None
+        call = super().quantized_call if is_quantized else super().call
+        token = _base_only.set(self)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _base_only.reset(token)
+
+    def _activated(self, output, training=None):
+        """Applies what comes after the adapter."""
         if self.activation is not None:
-            x = self.activation(x)
-        return x
-
-    def quantized_call(self, *args, **kwargs):
-        # Keras calls this instead of `call`, which would drop the adapter.
-        raise ValueError(
-            f"Layer '{self.name}' is adapted with VeRA and was quantized, "
-            "which VeRA does not support yet. Call `keras_vera.merge(model)` "
-            "before quantization."
-        )
+            output = self.activation(output)
+        return output
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
@@ -159,41 +183,43 @@ class VeRALayer:
         )
         self.vera_lambda_b.assign(ops.zeros(self.vera_lambda_b.shape))
 
-    def _adapted_product(self, inputs, training):
-        layout, settings = self._vera_layout, self._vera_settings
-        kernel = ops.convert_to_tensor(self._kernel)
-        pair = self.projection_slices()
-        x = ops.cast(inputs, self.compute_dtype)
-        rows = rows_of(self)
-        if rows is not None:
-            return self._mixed_product(x, kernel, pair, rows, training)
-        plan = choose_plan(
-            layout.contraction.tokens(inputs.shape),
-            layout.structure,
+    def _choose_plan(self, tokens, inputs=None):
+        is_quantized = self.quantization_mode is not None
+        return choose_plan(
+            tokens,
+            self._vera_layout.structure,
             self.compute_dtype,
-            self._vera_plan,
-        )
-        if settings.dropout and training:
-            return layout.contraction.product(x, kernel) + adapter_product(
-                self._dropped(x), pair, *self._vectors(), layout, plan
-            )
-        return adapted_product(x, kernel, pair, *self._vectors(), layout, plan)
-
-    def _mixed_product(self, x, kernel, pair, rows, training):
-        """The product where each example has an adapter of an `AdapterBank`."""
-        layout = self._vera_layout
-        d, b = rows
-        check_rows(self, x, d)
-        dropout = self._vera_settings.dropout and training
-        return layout.contraction.product(x, kernel) + mixed_product(
-            self._dropped(x) if dropout else x, pair, d, b, layout
+            # What is quantized cannot be folded.
+            "additive" if is_quantized else self._vera_plan,
+            inputs,
         )
 
-    def _dropped(self, x):
+    def _is_folded(self, tokens, training, inputs=None):
+        """Whether the layer is its base layer with another kernel."""
+        return (
+            rows_of(self) is None
+            and not self._drops_out(training)
+            and self._choose_plan(tokens, inputs).folded
+        )
+
+    def _drops_out(self, training):
+        return self._vera_settings.dropout and training
+
+    def _dropped(self, x, training):
         """Drops inputs of the adapter, which the base keeps."""
+        if not self._drops_out(training):
+            return x
         return keras.random.dropout(
             x, self._vera_settings.dropout, seed=self._vera_seed_generator
         )
+
+    def _vectors_for(self, x):
+        """Returns d and b; in a mixed batch, those of each example."""
+        rows = rows_of(self)
+        if rows is None:
+            return self._vectors()
+        check_rows(self, x, rows[0])
+        return rows
 
     def _vectors(self):
         return (
@@ -212,7 +238,39 @@ class VeRALayer:
         if b_matrix.shape[1] != n:
             offset = self.vera_output_offset
             b_matrix = b_matrix[:, offset : offset + n]
+        structure = self._vera_layout.structure
+        if structure.rank != self.projection.rank:
+            a, b_matrix = structure.narrow(a, b_matrix)
         return a, b_matrix
+
+    def adapted_kernel(self):
+        """Returns the kernel with the adapter merged, as Keras' LoRA does."""
+        return folded_kernel(
+            ops.convert_to_tensor(stored_kernel(self)),
+            self.projection_slices(),
+            *self._vectors(),
+            self._vera_layout,
+        )
+
+    def _shown_kernel(self, base):
+        """Returns the kernel for those who read it, also without a call.
+
+        Args:
+            base: The kernel that the base layer shows.
+        """
+        if (
+            not hasattr(self, "vera_lambda_d")
+            or self.quantization_mode is not None
+            or _base_only.get() is self
+        ):
+            return base
+        if rows_of(self) is not None:
+            raise ValueError(
+                f"The kernel of layer '{self.name}' is read without calling "
+                "the layer, which works for one adapter, but not in an "
+                "`AdapterBank`. Leave this layer out of `targets`."
+            )
+        return self.adapted_kernel()
 
     def _replace_projection_variable(self, old, new):
         """Follows the projection when it grows."""
