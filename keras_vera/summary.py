@@ -7,9 +7,12 @@ import rich.box
 import rich.console
 import rich.table
 
+from keras_vera import _keras
 from keras_vera._adaptation import adapted_layers
+from keras_vera._adaptation import base_paths
 from keras_vera._adaptation import check_adapted
 from keras_vera.layers._base_layer import kernel_shape
+from keras_vera.layers._kinds import kind_of
 
 _LORA_RANK = 8
 
@@ -77,12 +80,33 @@ def summary(model, line_length=None, print_fn=None):
         f"({_readable(lora * 4)})",
         f" All weights: {total:,} ({_readable(total_bytes)})",
     ]
+    others = _matrices_of_other_layers(model, layers)
+    if others:
+        lines.append(
+            f" Frozen matrices of layers that VeRA cannot adapt: {len(others)} "
+            f"({', '.join(others[:8])}{', ...' if len(others) > 8 else ''})"
+        )
     console = rich.console.Console(
         file=io.StringIO(), width=line_length or 160, highlight=False
     )
     for line in lines:
         console.print(line, markup=False)
     (print_fn or print)(console.file.getvalue().rstrip())
+
+
+def _matrices_of_other_layers(model, layers):
+    """Returns what no target can name, such as the kernels of experts."""
+    adaptation = getattr(next(iter(layers.values())), "vera_adaptation", None)
+    if adaptation is None:
+        return []
+    return [
+        f"{path}/{variable.name} {tuple(variable.shape)}"
+        for path, layer in base_paths(model, adaptation.bases).items()
+        if kind_of(type(layer)) is None
+        for variable in _keras.own_variables(layer)
+        if sum(size > 1 for size in variable.shape) > 1
+        and "float" in variable.dtype
+    ]
 
 
 def _vectors(layer):

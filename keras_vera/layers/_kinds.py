@@ -82,10 +82,10 @@ class EmbeddingKind(VeRALayer):
         vocabulary, width = kernel_shape(self)
         return Contraction((vocabulary,), (width,), one_hot=True)
 
-    def call(self, inputs, training=None):
-        if self._is_folded(count_tokens(inputs.shape), training, inputs=0):
+    def call(self, inputs):
+        if self._is_folded(count_tokens(inputs.shape), inputs=0):
             return super().call(inputs)
-        return self._added_call(inputs, training=training)
+        return self._added_call(inputs)
 
     def _adapter_output(self, inputs, training):
         indices = inputs
@@ -111,16 +111,16 @@ class ReversibleEmbeddingKind(EmbeddingKind):
 
     logit_soft_cap = after_adapter("logit_soft_cap")
 
-    def call(self, inputs, reverse=False, training=None):
-        if not reverse:
-            if self._is_folded(count_tokens(inputs.shape), training, inputs=0):
-                return super(EmbeddingKind, self).call(inputs)
-            return self._added_call(inputs, training=training)
-        if not self.tie_weights or self._is_folded(
-            count_tokens(inputs.shape[:-1]), training
-        ):
-            return super(EmbeddingKind, self).call(inputs, reverse=True)
-        return self._added_call(inputs, reverse=True, training=training)
+    def call(self, inputs, reverse=False):
+        if reverse:
+            is_plain = not self.tie_weights or self._is_folded(
+                count_tokens(inputs.shape[:-1])
+            )
+        else:
+            is_plain = self._is_folded(count_tokens(inputs.shape), inputs=0)
+        if is_plain:
+            return super(EmbeddingKind, self).call(inputs, reverse=reverse)
+        return self._added_call(inputs, reverse=reverse)
 
     def quantized_call(self, inputs, reverse=False):
         if reverse and not self.tie_weights:
@@ -158,12 +158,12 @@ class ConvolutionKind(VeRALayer):
         *input_dims, filters = kernel_shape(self)
         return Contraction(tuple(input_dims), (filters,))
 
-    def call(self, inputs, training=None):
-        if self._is_folded(self._positions(inputs), training, self._inputs):
+    def call(self, inputs):
+        if self._is_folded(self._positions(inputs), inputs=self._inputs):
             return super().call(inputs)
-        return self._added_call(inputs, training=training)
+        return self._added_call(inputs)
 
-    def _is_folded(self, tokens, training, inputs):
+    def _is_folded(self, tokens, training=None, inputs=None):
         if self.groups > 1 and rows_of(self) is None:
             # `x A` would have to be made for each group.
             return not self._drops_out(training)

@@ -133,9 +133,7 @@ class VeRALayer:
 
     def _added_call(self, inputs, *args, training=None, **kwargs):
         """Adds what the adapter adds to what the base layer computes."""
-        added = self._adapter_output(
-            inputs, _keras.is_training(training), *args, **kwargs
-        )
+        added = self._adapter_output(inputs, training, *args, **kwargs)
         if training is not None and self._call_has_training_arg:
             kwargs["training"] = training
         base = self._base_output(inputs, *args, **kwargs)
@@ -194,7 +192,7 @@ class VeRALayer:
             inputs,
         )
 
-    def _is_folded(self, tokens, training, inputs=None):
+    def _is_folded(self, tokens, training=None, inputs=None):
         """Whether the layer is its base layer with another kernel."""
         return (
             rows_of(self) is None
@@ -203,7 +201,7 @@ class VeRALayer:
         )
 
     def _drops_out(self, training):
-        return self._vera_settings.dropout and training
+        return self._vera_settings.dropout and _keras.is_training(training)
 
     def _dropped(self, x, training):
         """Drops inputs of the adapter, which the base keeps."""
