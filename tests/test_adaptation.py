@@ -363,12 +363,6 @@ def lora_model():
     return model
 
 
-def quantized_model():
-    model = sequential()
-    model.get_layer("first").quantize("int8")
-    return model
-
-
 def enabled_model():
     model = functional()
     keras_vera.enable_vera(model, rank=3)
@@ -420,7 +414,6 @@ def own_call_model():
         (sequential, {}, "the role 'attention-qv' matches no .* 'first'"),
         (enabled_model, {}, "adapted with VeRA already. Call .*merge"),
         (lora_model, {}, "has LoRA enabled, in the layers \\['query'\\]"),
-        (quantized_model, {"targets": "first"}, "is quantized \\('int8'\\)"),
         (batched_model, {"targets": "batched"}, "'btd,tde->bte': .*\\['t'\\]"),
         (own_call_model, {"targets": "scaled"}, "layers of type Scaled"),
     ],
@@ -452,11 +445,13 @@ def test_unbuilt_and_foreign_models_are_refused():
     model(np.zeros((1, 2)))
     model.built = True
     before = state(model)
-    with pytest.raises(
-        ValueError, match="'unused' at 'layers/dense_1' is not built"
-    ):
-        keras_vera.enable_vera(model, targets="all-linear")
+    with pytest.raises(ValueError, match="matches are not built: .*dense_1"):
+        keras_vera.enable_vera(model, targets="unused")
     assert state(model) == before
+    # A role takes what is there, and says what it leaves out.
+    with pytest.warns(UserWarning, match="1 layers .* are not built .*dense_1"):
+        keras_vera.enable_vera(model, targets="all-linear")
+    assert adapted(model) == [model.used]
 
 
 @pytest.mark.parametrize(
