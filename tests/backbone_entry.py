@@ -1,0 +1,49 @@
+"""How one backbone is built tiny, and what it is fed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table of backbones.
+
+    Args:
+        make: Function without arguments that returns the built backbone,
+            without dropout, so that two forward passes agree.
+        inputs: Dict of name to `(shape, kind)`, or a single `(shape, kind)`
+            for a backbone that takes a bare tensor. `kind` is an int, the
+            exclusive upper bound of random int32 values, or `"float"`, normal
+            values, `"mask"`, int32 ones, `"bool"`, true, or `"positions"`,
+            int32 positions along the last axis.
+        modality: What the backbone reads, such as `"text"`.
+    """
+
+    make: Callable
+    inputs: dict | tuple
+    modality: str
+
+
+def make_inputs(entry, seed=0):
+    """NumPy arrays to call the backbone of `entry` with."""
+    rng = np.random.default_rng(seed)
+    if isinstance(entry.inputs, tuple):
+        return _array(rng, *entry.inputs)
+    return {k: _array(rng, *spec) for k, spec in entry.inputs.items()}
+
+
+def _array(rng, shape, kind):
+    match kind:
+        case "float":
+            return rng.normal(size=shape).astype("float32")
+        case "mask":
+            return np.ones(shape, "int32")
+        case "bool":
+            return np.ones(shape, bool)
+        case "positions":
+            return np.indices(shape, "int32")[-1]
+        case int():
+            return rng.integers(kind, size=shape, dtype="int32")
+    raise ValueError(f"`kind` is an int or a known name. Received: {kind=}")
