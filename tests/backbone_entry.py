@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
+import keras
 import numpy as np
 
 
@@ -24,6 +26,24 @@ class Entry:
     make: Callable
     inputs: dict | tuple
     modality: str
+
+
+def make_backbone(entry, seed=0):
+    """The backbone of `entry`, with weights through which gradients flow.
+
+    Fresh weights do not do: gates that start at 0 hide whole layers, and
+    attention that starts near uniform hides query and key.
+    """
+    keras.utils.set_random_seed(seed)
+    backbone = entry.make()
+    rng = np.random.default_rng(seed)
+    for v in backbone.trainable_variables:
+        noise = rng.normal(size=v.shape)
+        if v.ndim < 2:
+            v.assign(v + 0.3 * noise.astype("float32"))
+        else:
+            v.assign(noise / prod(v.shape[:-1]) ** 0.5)
+    return backbone
 
 
 def make_inputs(entry, seed=0):

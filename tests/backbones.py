@@ -4,6 +4,7 @@ import inspect
 
 import keras_hub
 from backbone_entry import Entry as Entry
+from backbone_entry import make_backbone as make_backbone
 from backbone_entry import make_inputs as make_inputs
 from backbones_text import TEXT
 from keras_hub.models import Backbone
