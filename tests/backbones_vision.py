@@ -94,6 +94,7 @@ VIT_DET = {
     "window_size": 2,
 }
 DINO = {**ENCODER, "num_register_tokens": 1}
+DINO_V2 = {**DINO, "position_embedding_shape": (SIZE, SIZE, 3)}
 VIDEO_PRISM = {
     **SHAPE,
     "num_frames": 2,
@@ -128,8 +129,15 @@ def _make(name, arguments):
             module = keras_hub.layers
         name = getattr(module, name)
     return name(
-        **{k: v() if isinstance(v, partial) else v for k, v in arguments.items()}
+        **{
+            k: v() if isinstance(v, partial) else v
+            for k, v in arguments.items()
+        }
     )
+
+
+def _config(name, **arguments):
+    return partial(lambda: _make(name, arguments).get_config())
 
 
 def _entry(name, inputs, modality="vision", **arguments):
@@ -141,20 +149,24 @@ def _entry(name, inputs, modality="vision", **arguments):
 _both = partial(_entry, modality="multimodal")
 _diffusion = partial(_entry, modality="diffusion")
 
+GEMMA3_VISION = _part(
+    "Gemma3VisionEncoder",
+    **MLP | {"hidden_dim": 10},
+    image_size=16,
+    patch_size=PATCH,
+    output_dim=8,
+    pool_size=2,
+)
+# A convolution, a separable one and attention.
 MOBILENET_V5 = {
     **convert_arch_def_to_stackwise(
-        [["er_r1_k3_s2_e1_c8"], ["uir_r1_a3_k3_s1_e2_c16", "mqa_r1_h2_s1_d4_c16"]]
+        [
+            ["er_r1_k3_s2_e1_c8"],
+            ["uir_r1_a3_k3_s2_e2_c16", "mqa_r1_h2_s1_d4_c16"],
+        ]
     ),
     **SHAPE,
     "stem_size": 8,
-}
-DINO_V2 = _part(
-    "DINOV2Backbone", **DINO, position_embedding_shape=(SIZE, SIZE, 3)
-)
-CLIP = {
-    "vision_encoder": _part("CLIPVisionEncoder", **ENCODER),
-    "text_encoder": _part("CLIPTextEncoder", **TEXT_ENCODER),
-    "projection_dim": 10,
 }
 
 VISION = {
@@ -177,6 +189,7 @@ VISION = {
         stackwise_num_filters=[10, 12],
         block_type="dark_block",
         stage_type="csp",
+        block_ratio=[0.5],
         stem_padding="same",
     ),
     **_entry(
@@ -406,10 +419,8 @@ VISION = {
         mlp_ratio=1.5,
         drop_path=0.0,
     ),
-    **_entry("DINOV2Backbone", IMAGES, **DINO_V2.args[1]),
-    **_entry(
-        "DINOV2Backbone:swiglu", IMAGES, **DINO_V2.args[1], use_swiglu_ffn=True
-    ),
+    **_entry("DINOV2Backbone", IMAGES, **DINO_V2),
+    **_entry("DINOV2Backbone:swiglu", IMAGES, **DINO_V2, use_swiglu_ffn=True),
     **_entry("DINOV3Backbone", {"pixel_values": _images()}, **DINO),
     **_entry(
         "DINOV3Backbone:gated",
@@ -419,8 +430,10 @@ VISION = {
     ),
     **_entry(
         "DepthAnythingBackbone",
-        _images(),
-        image_encoder=DINO_V2,
+        _images(24),
+        image_encoder=_part(
+            "DINOV2Backbone", **DINO_V2 | {"image_shape": (24, 24, 3)}
+        ),
         reassemble_factors=[2, 1, 0.5],
         neck_hidden_dims=[6, 10, 12],
         fusion_hidden_dim=8,
@@ -440,7 +453,13 @@ VISION = {
         vocabulary_size=VOCABULARY,
         num_text_layers=1,
     ),
-    **_both("CLIPBackbone", {**IMAGES, **TOKENS}, **CLIP),
+    **_both(
+        "CLIPBackbone",
+        {**IMAGES, **TOKENS},
+        vision_encoder=_part("CLIPVisionEncoder", **ENCODER),
+        text_encoder=_part("CLIPTextEncoder", **TEXT_ENCODER),
+        projection_dim=10,
+    ),
     **_both(
         "MetaCLIP2Backbone",
         {**IMAGES, **TOKENS},
@@ -522,14 +541,7 @@ VISION = {
             "vision_mask": ((BATCH, LENGTH), "bool"),
         },
         **DECODER | {"image_size": 16},
-        vision_encoder=_part(
-            "Gemma3VisionEncoder",
-            **MLP | {"hidden_dim": 10},
-            image_size=16,
-            patch_size=PATCH,
-            output_dim=8,
-            pool_size=2,
-        ),
+        vision_encoder=GEMMA3_VISION,
     ),
     **_both(
         "Gemma3nBackbone",
@@ -557,32 +569,29 @@ VISION = {
         hidden_size_per_layer_input=4,
         altup_num_inputs=2,
         laurel_rank=4,
-        vision_encoder_config=partial(
-            lambda: keras_hub.models.MobileNetV5Backbone(
-                **MOBILENET_V5, use_msfa=False
-            ).get_config()
+        vision_encoder_config=_config(
+            "MobileNetV5Backbone", **MOBILENET_V5, use_msfa=False
         ),
         vision_hidden_size=16,
-        audio_encoder_config=partial(
-            lambda: Gemma3nAudioEncoder(
-                hidden_size=10,
-                input_feat_size=16,
-                sscp_conv_channel_size=[4, 6],
-                sscp_conv_kernel_size=[(3, 3), (3, 3)],
-                sscp_conv_stride_size=[(2, 2), (2, 2)],
-                sscp_conv_group_norm_eps=1e-5,
-                num_hidden_layers=1,
-                rms_norm_eps=1e-6,
-                gradient_clipping=1.0,
-                residual_weight=0.5,
-                num_attention_heads=2,
-                attention_chunk_size=2,
-                num_attention_context_right=1,
-                num_attention_context_left=1,
-                attention_logit_cap=50.0,
-                conv_kernel_size=3,
-                reduction_factor=1,
-            ).get_config()
+        audio_encoder_config=_config(
+            Gemma3nAudioEncoder,
+            hidden_size=10,
+            input_feat_size=16,
+            sscp_conv_channel_size=[4, 6],
+            sscp_conv_kernel_size=[(3, 3), (3, 3)],
+            sscp_conv_stride_size=[(2, 2), (2, 2)],
+            sscp_conv_group_norm_eps=1e-5,
+            num_hidden_layers=1,
+            rms_norm_eps=1e-6,
+            gradient_clipping=1.0,
+            residual_weight=0.5,
+            num_attention_heads=2,
+            attention_chunk_size=2,
+            num_attention_context_right=1,
+            num_attention_context_left=1,
+            attention_logit_cap=50.0,
+            conv_kernel_size=3,
+            reduction_factor=1,
         ),
         audio_hidden_size=10,
     ),
@@ -601,10 +610,10 @@ VISION = {
         sliding_window_pattern=2,
         vision_encoder=_part(
             "Gemma4VisionEncoder",
-            **MLP | {"hidden_dim": 10, "num_layers": 1},
+            **MLP | {"num_layers": 1},
             image_size=16,
             patch_size=PATCH,
-            head_dim=6,
+            head_dim=4,
             output_dim=8,
             num_key_value_heads=2,
             pool_size=2,
@@ -663,14 +672,7 @@ VISION = {
                 "layer_types": ["full_attention"],
             }.items()
         },
-        vision_encoder=_part(
-            "Gemma3VisionEncoder",
-            **MLP | {"hidden_dim": 10},
-            image_size=16,
-            patch_size=PATCH,
-            output_dim=8,
-            pool_size=2,
-        ),
+        vision_encoder=GEMMA3_VISION,
     ),
     **_both(
         "Qwen3_5Backbone:vision",
@@ -693,7 +695,7 @@ VISION = {
         vision_encoder=_part(
             Qwen3_5VisionEncoder,
             depth=1,
-            hidden_size=12,
+            hidden_size=8,
             num_heads=2,
             intermediate_size=14,
             patch_size=PATCH,
