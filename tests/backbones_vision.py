@@ -35,6 +35,7 @@ VISION_INDICES = {"vision_indices": ((BATCH, 4), "positions")}
 SHAPE = {"image_shape": (SIZE, SIZE, 3)}
 SIZES = {"num_layers": 2, "num_heads": 2, "hidden_dim": 8}
 MLP = {**SIZES, "intermediate_dim": 12}
+ONE_LAYER = MLP | {"num_layers": 1}
 VIT = {**SHAPE, "patch_size": PATCH, **SIZES, "mlp_dim": 12}
 ENCODER = {**SHAPE, "patch_size": PATCH, **MLP}
 TEXT_ENCODER = {
@@ -74,6 +75,7 @@ HGNET = {
     "use_lightweight_conv_block": [False, True],
 }
 MIT = {
+    "image_shape": (16, 16, 3),
     "layerwise_depths": [1, 1],
     "num_layers": 2,
     "layerwise_num_heads": [1, 2],
@@ -117,45 +119,42 @@ VAE = {
 }
 
 
-def _part(name, **arguments):
+def _part(cls, arguments):
     """Function that makes a model or layer, and the parts in `arguments`."""
-    return partial(_make, name, arguments)
+    return partial(_make, cls, arguments)
 
 
-def _make(name, arguments):
-    if isinstance(name, str):
-        module = keras_hub.models
-        if not hasattr(module, name):
-            module = keras_hub.layers
-        name = getattr(module, name)
-    return name(
-        **{
-            k: v() if isinstance(v, partial) else v
-            for k, v in arguments.items()
-        }
-    )
+def _make(cls, arguments):
+    if isinstance(cls, str):
+        public = vars(keras_hub.layers) | vars(keras_hub.models)
+        cls = public[cls]
+    made = {
+        k: v() if isinstance(v, partial) else v for k, v in arguments.items()
+    }
+    return cls(**made)
 
 
-def _config(name, **arguments):
-    return partial(lambda: _make(name, arguments).get_config())
+def _config(cls, arguments):
+    return partial(lambda: _make(cls, arguments).get_config())
 
 
-def _entry(name, inputs, modality="vision", **arguments):
-    """An entry of the class before the colon in `name`."""
-    make = _part(name.split(":")[0], **arguments)
-    return {name: Entry(make, inputs, modality)}
+def _entries(modality, rows):
+    return {
+        name: Entry(_part(name.split(":")[0], arguments), inputs, modality)
+        for name, (inputs, arguments) in rows.items()
+    }
 
-
-_both = partial(_entry, modality="multimodal")
-_diffusion = partial(_entry, modality="diffusion")
 
 GEMMA3_VISION = _part(
     "Gemma3VisionEncoder",
-    **MLP | {"hidden_dim": 10},
-    image_size=16,
-    patch_size=PATCH,
-    output_dim=8,
-    pool_size=2,
+    MLP
+    | {
+        "hidden_dim": 10,
+        "image_size": 16,
+        "patch_size": PATCH,
+        "output_dim": 8,
+        "pool_size": 2,
+    },
 )
 # A convolution, a separable one and attention.
 MOBILENET_V5 = {
@@ -165,197 +164,249 @@ MOBILENET_V5 = {
             ["uir_r1_a3_k3_s2_e2_c16", "mqa_r1_h2_s1_d4_c16"],
         ]
     ),
-    **SHAPE,
+    "image_shape": (16, 16, 3),
     "stem_size": 8,
 }
 
-VISION = {
+_VISION = {
     # Convolutions.
-    **_entry("ResNetBackbone", _images(), **RESNET),
-    **_entry(
-        "ResNetBackbone:bottleneck_v2",
+    "ResNetBackbone": (_images(), RESNET),
+    "ResNetBackbone:bottleneck_v2": (
         _images(),
-        **RESNET | {"block_type": "bottleneck_block"},
-        use_pre_activation=True,
+        RESNET | {"block_type": "bottleneck_block", "use_pre_activation": True},
     ),
-    **_entry(
-        "CSPNetBackbone",
+    "CSPNetBackbone": (
         _images(16),
-        stem_filters=8,
-        stem_kernel_size=3,
-        stem_strides=1,
-        stackwise_depth=[1, 1],
-        stackwise_strides=[1, 2],
-        stackwise_num_filters=[10, 12],
-        block_type="dark_block",
-        stage_type="csp",
-        block_ratio=[0.5],
-        stem_padding="same",
+        {
+            "stem_filters": 8,
+            "stem_kernel_size": 3,
+            "stem_strides": 1,
+            "stackwise_depth": [1, 1],
+            "stackwise_strides": [1, 2],
+            "stackwise_num_filters": [10, 12],
+            "block_type": "dark_block",
+            "stage_type": "csp",
+            "block_ratio": [0.5],
+            "stem_padding": "same",
+        },
     ),
-    **_entry(
-        "DenseNetBackbone",
+    "DenseNetBackbone": (
         _images(16),
-        stackwise_num_repeats=[1, 1],
-        growth_rate=4,
-        image_shape=(16, 16, 3),
+        {"stackwise_num_repeats": [1, 1], "growth_rate": 4},
     ),
-    **_entry(
-        "EfficientNetBackbone",
+    "EfficientNetBackbone": (
         _images(),
-        stackwise_width_coefficients=[1.0] * 4,
-        stackwise_depth_coefficients=[1.0] * 4,
-        stackwise_kernel_sizes=[3] * 4,
-        stackwise_num_repeats=[1] * 4,
-        stackwise_input_filters=[8] * 4,
-        stackwise_output_filters=[8] * 4,
-        stackwise_expansion_ratios=[2] * 4,
-        stackwise_squeeze_and_excite_ratios=[0.5] * 4,
-        stackwise_strides=[1] * 4,
-        stackwise_block_types=["v1", "fused", "unfused", "cba"],
-        dropout=0.0,
-        num_features=16,
+        {
+            "stackwise_width_coefficients": [1.0] * 4,
+            "stackwise_depth_coefficients": [1.0] * 4,
+            "stackwise_kernel_sizes": [3] * 4,
+            "stackwise_num_repeats": [1] * 4,
+            "stackwise_input_filters": [8] * 4,
+            "stackwise_output_filters": [8] * 4,
+            "stackwise_expansion_ratios": [2] * 4,
+            "stackwise_squeeze_and_excite_ratios": [0.5] * 4,
+            "stackwise_strides": [1] * 4,
+            "stackwise_block_types": ["v1", "fused", "unfused", "cba"],
+            "dropout": 0.0,
+            "num_features": 16,
+        },
     ),
-    **_entry("HGNetV2Backbone", _images(), **SHAPE, **HGNET),
-    **_entry(
-        "MobileNetBackbone",
+    "HGNetV2Backbone": (_images(), SHAPE | HGNET),
+    "MobileNetBackbone": (
         _images(),
-        **SHAPE,
-        stackwise_expansion=[[12, 20]],
-        stackwise_num_blocks=[2],
-        stackwise_num_filters=[[8, 8]],
-        stackwise_kernel_size=[[3, 3]],
-        stackwise_num_strides=[[2, 1]],
-        stackwise_se_ratio=[[None, 0.5]],
-        stackwise_activation=[["relu", "hard_swish"]],
-        stackwise_padding=[[1, 1]],
-        input_num_filters=8,
-        depthwise_filters=8,
-        depthwise_stride=1,
-        depthwise_residual=True,
-        squeeze_and_excite=0.5,
-        output_num_filters=16,
-        last_layer_filter=16,
+        SHAPE
+        | {
+            "stackwise_expansion": [[12, 20]],
+            "stackwise_num_blocks": [2],
+            "stackwise_num_filters": [[8, 8]],
+            "stackwise_kernel_size": [[3, 3]],
+            "stackwise_num_strides": [[2, 1]],
+            "stackwise_se_ratio": [[None, 0.5]],
+            "stackwise_activation": [["relu", "hard_swish"]],
+            "stackwise_padding": [[1, 1]],
+            "input_num_filters": 8,
+            "depthwise_filters": 8,
+            "depthwise_stride": 1,
+            "depthwise_residual": True,
+            "squeeze_and_excite": 0.5,
+            "output_num_filters": 16,
+            "last_layer_filter": 16,
+        },
     ),
-    **_entry(
-        "MobileNetV5Backbone",
-        _images(),
-        **MOBILENET_V5,
-        num_features=10,
-        msfa_output_resolution=2,
+    "MobileNetV5Backbone": (
+        _images(16),
+        MOBILENET_V5 | {"num_features": 10, "msfa_output_resolution": 2},
     ),
-    **_entry(
-        "VGGBackbone",
+    "VGGBackbone": (
         _images(),
-        **SHAPE,
-        stackwise_num_repeats=[1, 2],
-        stackwise_num_filters=[6, 8],
+        SHAPE
+        | {"stackwise_num_repeats": [1, 2], "stackwise_num_filters": [6, 8]},
     ),
-    **_entry(
-        "XceptionBackbone",
+    "XceptionBackbone": (
         _images(),
-        stackwise_conv_filters=[[4, 6], [8, 8], [10]],
-        stackwise_pooling=[False, True, False],
+        {
+            "stackwise_conv_filters": [[4, 6], [8, 8], [10]],
+            "stackwise_pooling": [False, True, False],
+        },
     ),
     # Segmentation and detection.
-    **_entry(
-        "BASNetBackbone",
+    "BASNetBackbone": (
         _images(32),
-        image_encoder=_part(
-            "ResNetBackbone",
-            **RESNET
-            | {
-                "input_conv_filters": [4],
-                "stackwise_num_filters": [64, 8, 8, 8],
-                "stackwise_num_blocks": [1] * 4,
-                "stackwise_num_strides": [1, 2, 2, 2],
-            },
-        ),
-        num_classes=4,
-        image_shape=(32, 32, 3),
-        projection_filters=4,
-    ),
-    **_entry(
-        "DeepLabV3Backbone",
-        _images(16),
-        image_encoder=_part("ResNetBackbone", **RESNET),
-        spatial_pyramid_pooling_key="P3",
-        low_level_feature_key="P2",
-        upsampling_size=2,
-        dilation_rates=[2],
-        projection_filters=8,
-        image_shape=(16, 16, 3),
-    ),
-    **_entry(
-        "RetinaNetBackbone",
-        _images(16),
-        image_encoder=_part("ResNetBackbone", **RESNET),
-        min_level=2,
-        max_level=4,
-        use_p5=False,
-        image_shape=(16, 16, 3),
-    ),
-    **_entry(
-        "DFineBackbone",
-        _images(32),
-        backbone=_part(
-            "HGNetV2Backbone", **HGNET, out_features=["stage1", "stage2"]
-        ),
-        decoder_in_channels=[8, 8],
-        encoder_hidden_dim=8,
-        num_labels=4,
-        num_denoising=0,
-        learn_initial_query=False,
-        num_queries=5,
-        anchor_image_size=(32, 32),
-        feat_strides=[4, 8],
-        num_feature_levels=2,
-        hidden_dim=8,
-        encoder_in_channels=[12, 16],
-        encode_proj_layers=[1],
-        num_attention_heads=2,
-        encoder_ffn_dim=12,
-        num_encoder_layers=1,
-        hidden_expansion=0.5,
-        depth_multiplier=0.5,
-        eval_idx=-1,
-        num_decoder_layers=2,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=12,
-        decoder_n_points=[2, 2],
-        lqe_hidden_dim=6,
-        num_lqe_layers=2,
-        seed=0,
-    ),
-    **_entry(
-        "SAMBackbone",
         {
-            **IMAGES,
+            "image_encoder": _part(
+                "ResNetBackbone",
+                RESNET
+                | {
+                    "input_conv_filters": [4],
+                    "stackwise_num_filters": [64, 8, 8, 8],
+                    "stackwise_num_blocks": [1] * 4,
+                    "stackwise_num_strides": [1, 2, 2, 2],
+                },
+            ),
+            "num_classes": 4,
+            "projection_filters": 4,
+        },
+    ),
+    "DeepLabV3Backbone": (
+        _images(16),
+        {
+            "image_encoder": _part("ResNetBackbone", RESNET),
+            "spatial_pyramid_pooling_key": "P3",
+            "low_level_feature_key": "P2",
+            "upsampling_size": 2,
+            "dilation_rates": [2],
+            "projection_filters": 8,
+        },
+    ),
+    "RetinaNetBackbone": (
+        _images(16),
+        {
+            "image_encoder": _part("ResNetBackbone", RESNET),
+            "min_level": 2,
+            "max_level": 4,
+        },
+    ),
+    "DFineBackbone": (
+        _images(32),
+        {
+            "backbone": _part(
+                "HGNetV2Backbone",
+                HGNET | {"out_features": ["stage1", "stage2"]},
+            ),
+            "decoder_in_channels": [8, 8],
+            "encoder_hidden_dim": 8,
+            "num_labels": 4,
+            "num_denoising": 0,
+            "learn_initial_query": False,
+            "num_queries": 5,
+            "anchor_image_size": (32, 32),
+            "feat_strides": [4, 8],
+            "num_feature_levels": 2,
+            "hidden_dim": 8,
+            "encoder_in_channels": [12, 16],
+            "encode_proj_layers": [1],
+            "num_attention_heads": 2,
+            "encoder_ffn_dim": 12,
+            "num_encoder_layers": 1,
+            "hidden_expansion": 0.5,
+            "depth_multiplier": 0.5,
+            "eval_idx": -1,
+            "num_decoder_layers": 2,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 12,
+            "decoder_n_points": [2, 2],
+            "lqe_hidden_dim": 6,
+            "num_lqe_layers": 2,
+            "seed": 0,
+        },
+    ),
+    "SAMBackbone": (
+        IMAGES
+        | {
             "points": ((BATCH, 1, 2), "float"),
             "labels": ((BATCH, 1), "mask"),
             "boxes": ((BATCH, 1, 2, 2), "float"),
             "masks": ((BATCH, 1, SIZE, SIZE, 1), "float"),
         },
-        image_encoder=_part("ViTDetBackbone", **SHAPE, **VIT_DET),
-        prompt_encoder=_part(
-            "SAMPromptEncoder",
-            hidden_size=10,
-            image_embedding_size=(2, 2),
-            input_image_size=(SIZE, SIZE),
-            mask_in_channels=8,
-        ),
-        mask_decoder=_part(
-            "SAMMaskDecoder",
-            hidden_size=10,
-            num_layers=1,
-            intermediate_dim=12,
-            num_heads=2,
-            embedding_dim=8,
-            iou_head_depth=2,
-            iou_head_hidden_dim=6,
-        ),
+        {
+            "image_encoder": _part("ViTDetBackbone", SHAPE | VIT_DET),
+            "prompt_encoder": _part(
+                "SAMPromptEncoder",
+                {
+                    "hidden_size": 10,
+                    "image_embedding_size": (2, 2),
+                    "input_image_size": (SIZE, SIZE),
+                    "mask_in_channels": 8,
+                },
+            ),
+            "mask_decoder": _part(
+                "SAMMaskDecoder",
+                {
+                    "hidden_size": 10,
+                    "num_layers": 1,
+                    "intermediate_dim": 12,
+                    "num_heads": 2,
+                    "embedding_dim": 8,
+                    "iou_head_depth": 2,
+                    "iou_head_hidden_dim": 6,
+                },
+            ),
+        },
     ),
-    **_both(
-        "SAM3PromptableConceptBackbone",
+    # Transformers.
+    "DeiTBackbone": (_images(), ENCODER),
+    "ViTBackbone": (_images(), VIT),
+    "ViTDetBackbone": (_images(), SHAPE | VIT_DET),
+    "MiTBackbone": (_images(16), MIT),
+    "SegFormerBackbone": (
+        _images(16),
+        {
+            "image_encoder": _part("MiTBackbone", MIT),
+            "projection_filters": 10,
+        },
+    ),
+    "SwinTransformerBackbone": (
+        _images(16),
+        {
+            "image_shape": (16, 16, 3),
+            "embed_dim": 8,
+            "depths": (2, 1),
+            "num_heads": (2, 2),
+            "window_size": 2,
+            "patch_size": PATCH,
+            "mlp_ratio": 1.5,
+            "drop_path": 0.0,
+        },
+    ),
+    "DINOV2Backbone": (IMAGES, DINO_V2),
+    "DINOV2Backbone:swiglu": (IMAGES, DINO_V2 | {"use_swiglu_ffn": True}),
+    "DINOV3Backbone": ({"pixel_values": _images()}, DINO),
+    "DINOV3Backbone:gated": (
+        {"pixel_values": _images()},
+        DINO | {"use_gated_mlp": True},
+    ),
+    "DepthAnythingBackbone": (
+        _images(24),
+        {
+            "image_encoder": _part(
+                "DINOV2Backbone", DINO_V2 | {"image_shape": (24, 24, 3)}
+            ),
+            "reassemble_factors": [2, 1, 0.5],
+            "neck_hidden_dims": [6, 10, 12],
+            "fusion_hidden_dim": 8,
+            "head_hidden_dim": 8,
+            "head_in_index": -1,
+            "feature_keys": ["stem", "stage1", "stage2"],
+        },
+    ),
+    "CLIPVisionEncoder": (IMAGES, ENCODER),
+    "MetaCLIP2VisionEncoder": (IMAGES, ENCODER),
+    "SigLIPVisionEncoder": (IMAGES, ENCODER),
+    "VideoPrismBackbone": (VIDEO["pixel_values"], VIDEO_PRISM),
+}
+
+_MULTIMODAL = {
+    "SAM3PromptableConceptBackbone": (
         {
             "pixel_values": _images(16),
             "token_ids": ((BATCH, 4), VOCABULARY),
@@ -363,303 +414,273 @@ VISION = {
             "boxes": ((BATCH, 1, 5), "float"),
             "box_labels": ((BATCH, 1), 2),
         },
-        vision_encoder=_part(
-            "SAM3VisionEncoder",
-            **MLP,
-            image_shape=(16, 16, 3),
-            patch_size=8,
-            fpn_hidden_dim=8,
-            fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
-            pretrain_image_shape=(16, 16, 3),
-            window_size=2,
-            global_attn_indexes=[1],
-        ),
-        text_encoder=_part(
-            "SAM3TextEncoder",
-            **TEXT_ENCODER | {"num_layers": 1, "max_sequence_length": 4},
-        ),
-        geometry_encoder=_part(
-            "SAM3GeometryEncoder", **MLP | {"num_layers": 1}, roi_size=2
-        ),
-        detr_encoder=_part("SAM3DetrEncoder", **MLP | {"num_layers": 1}),
-        detr_decoder=_part(
-            "SAM3DetrDecoder",
-            **MLP | {"num_layers": 1},
-            image_shape=(16, 16, 3),
-            patch_size=8,
-            num_queries=3,
-        ),
-        mask_decoder=_part(
-            "SAM3MaskDecoder",
-            num_upsampling_stages=3,
-            hidden_dim=8,
-            num_heads=2,
-        ),
-    ),
-    # Transformers.
-    **_entry("DeiTBackbone", _images(), **ENCODER),
-    **_entry("ViTBackbone", _images(), **VIT),
-    **_entry("ViTDetBackbone", _images(), **SHAPE, **VIT_DET),
-    **_entry("MiTBackbone", _images(16), image_shape=(16, 16, 3), **MIT),
-    **_entry(
-        "SegFormerBackbone",
-        _images(16),
-        image_encoder=_part("MiTBackbone", image_shape=(16, 16, 3), **MIT),
-        projection_filters=10,
-    ),
-    **_entry(
-        "SwinTransformerBackbone",
-        _images(16),
-        image_shape=(16, 16, 3),
-        embed_dim=8,
-        depths=(2, 1),
-        num_heads=(2, 2),
-        window_size=2,
-        patch_size=PATCH,
-        mlp_ratio=1.5,
-        drop_path=0.0,
-    ),
-    **_entry("DINOV2Backbone", IMAGES, **DINO_V2),
-    **_entry("DINOV2Backbone:swiglu", IMAGES, **DINO_V2, use_swiglu_ffn=True),
-    **_entry("DINOV3Backbone", {"pixel_values": _images()}, **DINO),
-    **_entry(
-        "DINOV3Backbone:gated",
-        {"pixel_values": _images()},
-        **DINO,
-        use_gated_mlp=True,
-    ),
-    **_entry(
-        "DepthAnythingBackbone",
-        _images(24),
-        image_encoder=_part(
-            "DINOV2Backbone", **DINO_V2 | {"image_shape": (24, 24, 3)}
-        ),
-        reassemble_factors=[2, 1, 0.5],
-        neck_hidden_dims=[6, 10, 12],
-        fusion_hidden_dim=8,
-        head_hidden_dim=8,
-        head_in_index=-1,
-        feature_keys=["stem", "stage1", "stage2"],
-    ),
-    **_entry("CLIPVisionEncoder", IMAGES, **ENCODER),
-    **_entry("MetaCLIP2VisionEncoder", IMAGES, **ENCODER),
-    **_entry("SigLIPVisionEncoder", IMAGES, **ENCODER),
-    **_entry("VideoPrismBackbone", VIDEO["pixel_values"], **VIDEO_PRISM),
-    # Text and images.
-    **_both(
-        "VideoPrismBackbone:text",
-        {**VIDEO, **TOKENS, **MASK},
-        **VIDEO_PRISM,
-        vocabulary_size=VOCABULARY,
-        num_text_layers=1,
-    ),
-    **_both(
-        "CLIPBackbone",
-        {**IMAGES, **TOKENS},
-        vision_encoder=_part("CLIPVisionEncoder", **ENCODER),
-        text_encoder=_part("CLIPTextEncoder", **TEXT_ENCODER),
-        projection_dim=10,
-    ),
-    **_both(
-        "MetaCLIP2Backbone",
-        {**IMAGES, **TOKENS},
-        vision_encoder=_part("MetaCLIP2VisionEncoder", **ENCODER),
-        text_encoder=_part("MetaCLIP2TextEncoder", **TEXT_ENCODER),
-        projection_dim=10,
-    ),
-    **_both(
-        "SigLIPBackbone",
-        {**IMAGES, **TOKENS},
-        vision_encoder=_part("SigLIPVisionEncoder", **ENCODER),
-        text_encoder=_part("SigLIPTextEncoder", **TEXT_ENCODER),
-    ),
-    **_both(
-        "BLIP2Backbone",
-        {**IMAGES, **TOKENS, "padding_mask": ((BATCH, LENGTH), "bool")},
-        vision_encoder=_part(
-            "BLIP2VisionEncoder",
-            **MLP,
-            image_size=SIZE,
-            patch_size=PATCH,
-            use_patch_bias=True,
-            use_class_token=True,
-            use_mha_bias=True,
-            use_mlp_bias=True,
-            dropout_rate=0.0,
-            layer_norm_epsilon=1e-6,
-            initializer_range=0.02,
-        ),
-        qformer=_part(
-            "BLIP2QFormer",
-            **MLP | {"hidden_dim": 10},
-            num_query_tokens=2,
-            vision_dim=8,
-            cross_attention_frequency=1,
-            dropout=0.0,
-            layer_norm_epsilon=1e-6,
-        ),
-        language_model=_part(
-            "BLIP2CustomOPT",
-            **MLP | {"num_layers": 1},
-            vocabulary_size=VOCABULARY,
-            num_query_tokens=2,
-            dropout=0.0,
-            max_sequence_length=LENGTH + 2,
-            qformer_hidden_dim=10,
-        ),
-    ),
-    **_both(
-        "PaliGemmaBackbone",
-        {**IMAGES, **TOKENS, **MASK, "response_mask": ((BATCH, LENGTH), 2)},
-        **DECODER,
-        vit_patch_size=PATCH,
-        vit_num_heads=2,
-        vit_hidden_dim=10,
-        vit_num_layers=1,
-        vit_intermediate_dim=14,
-    ),
-    **_both(
-        "PARSeqBackbone",
-        {**IMAGES, **TOKENS, **MASK},
-        image_encoder=_part("ViTBackbone", **VIT, use_class_token=False),
-        vocabulary_size=VOCABULARY,
-        max_label_length=LENGTH,
-        decoder_hidden_dim=8,
-        num_decoder_layers=1,
-        num_decoder_heads=2,
-        decoder_mlp_dim=12,
-        dropout_rate=0.0,
-        attention_dropout=0.0,
-    ),
-    **_both(
-        "Gemma3Backbone:vision",
         {
-            **TOKENS,
-            **MASK,
-            **VISION_INDICES,
-            "images": _images(16, 1),
-            "vision_mask": ((BATCH, LENGTH), "bool"),
+            "vision_encoder": _part(
+                "SAM3VisionEncoder",
+                MLP
+                | {
+                    "image_shape": (16, 16, 3),
+                    "patch_size": 8,
+                    "fpn_hidden_dim": 8,
+                    "fpn_scale_factors": [4.0, 2.0, 1.0, 0.5],
+                    "pretrain_image_shape": (16, 16, 3),
+                    "window_size": 2,
+                    "global_attn_indexes": [1],
+                },
+            ),
+            "text_encoder": _part(
+                "SAM3TextEncoder",
+                TEXT_ENCODER | {"num_layers": 1, "max_sequence_length": 4},
+            ),
+            "geometry_encoder": _part(
+                "SAM3GeometryEncoder", ONE_LAYER | {"roi_size": 2}
+            ),
+            "detr_encoder": _part("SAM3DetrEncoder", ONE_LAYER),
+            "detr_decoder": _part(
+                "SAM3DetrDecoder",
+                ONE_LAYER
+                | {
+                    "image_shape": (16, 16, 3),
+                    "patch_size": 8,
+                    "num_queries": 3,
+                },
+            ),
+            "mask_decoder": _part(
+                "SAM3MaskDecoder",
+                {"num_upsampling_stages": 3, "hidden_dim": 8, "num_heads": 2},
+            ),
         },
-        **DECODER | {"image_size": 16},
-        vision_encoder=GEMMA3_VISION,
     ),
-    **_both(
-        "Gemma3nBackbone",
+    "VideoPrismBackbone:text": (
+        VIDEO | TOKENS | MASK,
+        VIDEO_PRISM | {"vocabulary_size": VOCABULARY, "num_text_layers": 1},
+    ),
+    "CLIPBackbone": (
+        IMAGES | TOKENS,
+        {
+            "vision_encoder": _part("CLIPVisionEncoder", ENCODER),
+            "text_encoder": _part("CLIPTextEncoder", TEXT_ENCODER),
+            "projection_dim": 10,
+        },
+    ),
+    "MetaCLIP2Backbone": (
+        IMAGES | TOKENS,
+        {
+            "vision_encoder": _part("MetaCLIP2VisionEncoder", ENCODER),
+            "text_encoder": _part("MetaCLIP2TextEncoder", TEXT_ENCODER),
+            "projection_dim": 10,
+        },
+    ),
+    "SigLIPBackbone": (
+        IMAGES | TOKENS,
+        {
+            "vision_encoder": _part("SigLIPVisionEncoder", ENCODER),
+            "text_encoder": _part("SigLIPTextEncoder", TEXT_ENCODER),
+        },
+    ),
+    "BLIP2Backbone": (
+        IMAGES | TOKENS | {"padding_mask": ((BATCH, LENGTH), "bool")},
+        {
+            "vision_encoder": _part(
+                "BLIP2VisionEncoder",
+                MLP
+                | {
+                    "image_size": SIZE,
+                    "patch_size": PATCH,
+                    "use_patch_bias": True,
+                    "use_class_token": True,
+                    "use_mha_bias": True,
+                    "use_mlp_bias": True,
+                    "dropout_rate": 0.0,
+                    "layer_norm_epsilon": 1e-6,
+                    "initializer_range": 0.02,
+                },
+            ),
+            "qformer": _part(
+                "BLIP2QFormer",
+                MLP
+                | {
+                    "hidden_dim": 10,
+                    "num_query_tokens": 2,
+                    "vision_dim": 8,
+                    "cross_attention_frequency": 1,
+                    "dropout": 0.0,
+                    "layer_norm_epsilon": 1e-6,
+                },
+            ),
+            "language_model": _part(
+                "BLIP2CustomOPT",
+                ONE_LAYER
+                | {
+                    "vocabulary_size": VOCABULARY,
+                    "num_query_tokens": 2,
+                    "dropout": 0.0,
+                    "max_sequence_length": LENGTH + 2,
+                    "qformer_hidden_dim": 10,
+                },
+            ),
+        },
+    ),
+    "PaliGemmaBackbone": (
+        IMAGES | TOKENS | MASK | {"response_mask": ((BATCH, LENGTH), 2)},
+        DECODER
+        | {
+            "vit_patch_size": PATCH,
+            "vit_num_heads": 2,
+            "vit_hidden_dim": 10,
+            "vit_num_layers": 1,
+            "vit_intermediate_dim": 14,
+        },
+    ),
+    "PARSeqBackbone": (
+        IMAGES | TOKENS | MASK,
+        {
+            "image_encoder": _part(
+                "ViTBackbone", VIT | {"use_class_token": False}
+            ),
+            "vocabulary_size": VOCABULARY,
+            "max_label_length": LENGTH,
+            "decoder_hidden_dim": 8,
+            "num_decoder_layers": 1,
+            "num_decoder_heads": 2,
+            "decoder_mlp_dim": 12,
+            "dropout_rate": 0.0,
+            "attention_dropout": 0.0,
+        },
+    ),
+    "Gemma3Backbone": (
+        TOKENS
+        | MASK
+        | VISION_INDICES
+        | {"images": _images(16, 1), "vision_mask": ((BATCH, LENGTH), "bool")},
+        DECODER | {"image_size": 16, "vision_encoder": GEMMA3_VISION},
+    ),
+    "Gemma3nBackbone": (
         {
             "token_ids": ((1, LENGTH), VOCABULARY),
             "padding_mask": ((1, LENGTH), "bool"),
-            "images": ((1, 1, SIZE, SIZE, 3), "float"),
+            "images": ((1, 1, 16, 16, 3), "float"),
             "input_features": ((1, 1, 8, 16), "float"),
             "input_features_mask": ((1, 1, 8), "bool"),
         },
-        text_vocab_size=VOCABULARY,
-        text_hidden_size=8,
-        num_hidden_layers=2,
-        pad_token_id=0,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=6,
-        intermediate_size=[12, 12],
-        hidden_activation="gelu_approximate",
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=4,
-        rope_theta=10000.0,
-        max_position_embeddings=LENGTH,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size_per_layer_input=4,
-        altup_num_inputs=2,
-        laurel_rank=4,
-        vision_encoder_config=_config(
-            "MobileNetV5Backbone", **MOBILENET_V5, use_msfa=False
-        ),
-        vision_hidden_size=16,
-        audio_encoder_config=_config(
-            Gemma3nAudioEncoder,
-            hidden_size=10,
-            input_feat_size=16,
-            sscp_conv_channel_size=[4, 6],
-            sscp_conv_kernel_size=[(3, 3), (3, 3)],
-            sscp_conv_stride_size=[(2, 2), (2, 2)],
-            sscp_conv_group_norm_eps=1e-5,
-            num_hidden_layers=1,
-            rms_norm_eps=1e-6,
-            gradient_clipping=1.0,
-            residual_weight=0.5,
-            num_attention_heads=2,
-            attention_chunk_size=2,
-            num_attention_context_right=1,
-            num_attention_context_left=1,
-            attention_logit_cap=50.0,
-            conv_kernel_size=3,
-            reduction_factor=1,
-        ),
-        audio_hidden_size=10,
-    ),
-    **_both(
-        "Gemma4Backbone:vision",
         {
-            **TOKENS,
-            **MASK,
-            **VISION_INDICES,
+            "text_vocab_size": VOCABULARY,
+            "text_hidden_size": 8,
+            "num_hidden_layers": 2,
+            "pad_token_id": 0,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 6,
+            "intermediate_size": [12, 12],
+            "hidden_activation": "gelu_approximate",
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 4,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": LENGTH,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 4,
+            "altup_num_inputs": 2,
+            "laurel_rank": 4,
+            "vision_encoder_config": _config(
+                "MobileNetV5Backbone", MOBILENET_V5 | {"use_msfa": False}
+            ),
+            "vision_hidden_size": 16,
+            "audio_encoder_config": _config(
+                Gemma3nAudioEncoder,
+                {
+                    "hidden_size": 10,
+                    "input_feat_size": 16,
+                    "sscp_conv_channel_size": [4, 6],
+                    "sscp_conv_kernel_size": [(3, 3), (3, 3)],
+                    "sscp_conv_stride_size": [(2, 2), (2, 2)],
+                    "sscp_conv_group_norm_eps": 1e-5,
+                    "num_hidden_layers": 1,
+                    "rms_norm_eps": 1e-6,
+                    "gradient_clipping": 1.0,
+                    "residual_weight": 0.5,
+                    "num_attention_heads": 2,
+                    "attention_chunk_size": 2,
+                    "num_attention_context_right": 1,
+                    "num_attention_context_left": 1,
+                    "attention_logit_cap": 50.0,
+                    "conv_kernel_size": 3,
+                    "reduction_factor": 1,
+                },
+            ),
+            "audio_hidden_size": 10,
+        },
+    ),
+    "Gemma4Backbone": (
+        TOKENS
+        | MASK
+        | VISION_INDICES
+        | {
             "position_ids": ((BATCH, LENGTH), "positions"),
             "pixel_values": ((BATCH, 1, 16, 48), "float"),
             "pixel_position_ids": ((BATCH, 1, 16, 2), 4),
             "vision_mask": ((BATCH, LENGTH), "mask"),
         },
-        **DECODER | {"image_size": 16},
-        sliding_window_pattern=2,
-        vision_encoder=_part(
-            "Gemma4VisionEncoder",
-            **MLP | {"num_layers": 1},
-            image_size=16,
-            patch_size=PATCH,
-            head_dim=4,
-            output_dim=8,
-            num_key_value_heads=2,
-            pool_size=2,
-            position_embedding_size=4,
-        ),
+        DECODER
+        | {
+            "image_size": 16,
+            "sliding_window_pattern": 2,
+            "vision_encoder": _part(
+                "Gemma4VisionEncoder",
+                ONE_LAYER
+                | {
+                    "image_size": 16,
+                    "patch_size": PATCH,
+                    "head_dim": 4,
+                    "output_dim": 8,
+                    "num_key_value_heads": 2,
+                    "pool_size": 2,
+                    "position_embedding_size": 4,
+                },
+            ),
+        },
     ),
-    **_both(
-        "Gemma4Backbone:audio",
-        {
-            **TOKENS,
-            **MASK,
+    "Gemma4Backbone:audio": (
+        TOKENS
+        | MASK
+        | {
             "position_ids": ((BATCH, LENGTH), "positions"),
             "audio_mel": ((BATCH, 1, 16, 8), "float"),
             "audio_mel_mask": ((BATCH, 1, 16), "mask"),
             "audio_indices": ((BATCH, 4), "positions"),
             "audio_mask": ((BATCH, LENGTH), "mask"),
         },
-        **DECODER,
-        sliding_window_pattern=2,
-        num_audio_tokens_per_clip=4,
-        audio_encoder=_part(
-            "Gemma4AudioEncoder",
-            input_feat_size=8,
-            hidden_size=12,
-            num_heads=2,
-            num_layers=1,
-            chunk_size=4,
-            context_left=5,
-            context_right=0,
-            sscp_conv_channels=(4, 6),
-            output_proj_dims=10,
-            output_dim=8,
-        ),
+        DECODER
+        | {
+            "sliding_window_pattern": 2,
+            "num_audio_tokens_per_clip": 4,
+            "audio_encoder": _part(
+                "Gemma4AudioEncoder",
+                {
+                    "input_feat_size": 8,
+                    "hidden_size": 12,
+                    "num_heads": 2,
+                    "num_layers": 1,
+                    "chunk_size": 4,
+                    "context_left": 5,
+                    "context_right": 0,
+                    "sscp_conv_channels": (4, 6),
+                    "output_proj_dims": 10,
+                    "output_dim": 8,
+                },
+            ),
+        },
     ),
-    **_both(
-        "T5Gemma2Backbone:vision",
-        {
+    "T5Gemma2Backbone:vision": (
+        VISION_INDICES
+        | {
             "encoder_token_ids": ((BATCH, LENGTH), VOCABULARY),
             "encoder_padding_mask": ((BATCH, LENGTH), "mask"),
             "decoder_token_ids": ((BATCH, 4), VOCABULARY),
             "decoder_padding_mask": ((BATCH, 4), "mask"),
             "images": _images(16, 1),
-            **VISION_INDICES,
         },
-        vocabulary_size=VOCABULARY,
-        **{
+        {"vocabulary_size": VOCABULARY}
+        | {
             f"{side}_{name}": value
             for side in ("encoder", "decoder")
             for name, value in {
@@ -671,42 +692,47 @@ VISION = {
                 "head_dim": 6,
                 "layer_types": ["full_attention"],
             }.items()
-        },
-        vision_encoder=GEMMA3_VISION,
+        }
+        | {"vision_encoder": GEMMA3_VISION},
     ),
-    **_both(
-        "Qwen3_5Backbone:vision",
+    "Qwen3_5Backbone:vision": (
         {
             "token_ids": ((1, LENGTH), VOCABULARY),
             "padding_mask": ((1, LENGTH), "mask"),
-            # Two images of one patch each.
-            "pixel_values": ((1, 2, 2, PATCH, PATCH, 3), "float"),
-            "image_grid_thw": ((1, 2, 3), "mask"),
+            # One image of 2 x 4 patches, merged by 2 x 2. Its size is read as
+            # numbers: this backbone does not run inside a compiled function.
+            "pixel_values": ((1, 8, 2, PATCH, PATCH, 3), "float"),
+            "image_grid_thw": ((1, 1, 3), (1, 2, 4)),
             "vision_indices": ((1, 2), "positions"),
         },
-        **{k: v for k, v in DECODER.items() if k != "image_size"},
-        layer_types=["linear_attention", "full_attention"],
-        partial_rotary_factor=1.0,
-        linear_num_key_heads=1,
-        linear_num_value_heads=2,
-        linear_key_head_dim=4,
-        linear_value_head_dim=3,
-        mrope_section=[1, 1, 1],
-        vision_encoder=_part(
-            Qwen3_5VisionEncoder,
-            depth=1,
-            hidden_size=8,
-            num_heads=2,
-            intermediate_size=14,
-            patch_size=PATCH,
-            spatial_merge_size=1,
-            out_hidden_size=8,
-            num_position_embeddings=4,
-        ),
+        {k: v for k, v in DECODER.items() if k != "image_size"}
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "partial_rotary_factor": 1.0,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 3,
+            "mrope_section": [1, 1, 1],
+            "vision_encoder": _part(
+                Qwen3_5VisionEncoder,
+                {
+                    "depth": 1,
+                    "hidden_size": 8,
+                    "num_heads": 2,
+                    "intermediate_size": 14,
+                    "patch_size": PATCH,
+                    "spatial_merge_size": 2,
+                    "out_hidden_size": 8,
+                    "num_position_embeddings": 4,
+                },
+            ),
+        },
     ),
-    # Diffusion.
-    **_diffusion(
-        "FluxBackbone",
+}
+
+_DIFFUSION = {
+    "FluxBackbone": (
         {
             "image": ((1, 4, 8), "float"),
             "image_ids": ((1, 4, 3), "float"),
@@ -716,24 +742,25 @@ VISION = {
             "timesteps": ((1,), "float"),
             "guidance": ((1,), "float"),
         },
-        input_channels=8,
-        hidden_size=16,
-        mlp_ratio=1.5,
-        num_heads=2,
-        depth=1,
-        depth_single_blocks=1,
-        axes_dim=[2, 2, 4],
-        theta=10000,
-        use_bias=True,
-        guidance_embed=True,
-        image_shape=(4, 8),
-        text_shape=(4, 10),
-        image_ids_shape=(4, 3),
-        text_ids_shape=(4, 3),
-        y_shape=(14,),
+        {
+            "input_channels": 8,
+            "hidden_size": 16,
+            "mlp_ratio": 1.5,
+            "num_heads": 2,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [2, 2, 4],
+            "theta": 10000,
+            "use_bias": True,
+            "guidance_embed": True,
+            "image_shape": (4, 8),
+            "text_shape": (4, 10),
+            "image_ids_shape": (4, 3),
+            "text_ids_shape": (4, 3),
+            "y_shape": (14,),
+        },
     ),
-    **_diffusion(
-        "StableDiffusion3Backbone",
+    "StableDiffusion3Backbone": (
         {
             "images": ((1, 16, 16, 3), "float"),
             "latents": ((1, 2, 2, 16), "float"),
@@ -744,22 +771,32 @@ VISION = {
             "num_steps": ((1,), "mask"),
             "guidance_scale": ((1,), "float"),
         },
-        mmdit_patch_size=2,
-        mmdit_hidden_dim=16,
-        mmdit_num_layers=2,
-        mmdit_num_heads=2,
-        mmdit_position_size=4,
-        mmdit_qk_norm="rms_norm",
-        mmdit_dual_attention_indices=(0,),
-        vae=_part(VAEBackbone, **VAE),
-        clip_l=_part(
-            "CLIPTextEncoder", **TEXT_ENCODER, intermediate_output_index=-2
-        ),
-        clip_g=_part(
-            "CLIPTextEncoder",
-            **TEXT_ENCODER | {"hidden_dim": 10, "embedding_dim": 10},
-            intermediate_output_index=-2,
-        ),
-        image_shape=(16, 16, 3),
+        {
+            "mmdit_patch_size": 2,
+            "mmdit_hidden_dim": 16,
+            "mmdit_num_layers": 2,
+            "mmdit_num_heads": 2,
+            "mmdit_position_size": 4,
+            "mmdit_qk_norm": "rms_norm",
+            "mmdit_dual_attention_indices": (0,),
+            "vae": _part(VAEBackbone, VAE),
+            "clip_l": _part(
+                "CLIPTextEncoder",
+                TEXT_ENCODER | {"intermediate_output_index": -2},
+            ),
+            "clip_g": _part(
+                "CLIPTextEncoder",
+                TEXT_ENCODER
+                | {"hidden_dim": 10, "embedding_dim": 10}
+                | {"intermediate_output_index": -2},
+            ),
+            "image_shape": (16, 16, 3),
+        },
     ),
+}
+
+VISION = {
+    **_entries("vision", _VISION),
+    **_entries("multimodal", _MULTIMODAL),
+    **_entries("diffusion", _DIFFUSION),
 }
