@@ -19,7 +19,7 @@ class Entry:
             for a backbone that takes a bare tensor. `kind` is an int, the
             exclusive upper bound of random int32 values, or `"float"`, normal
             values, `"mask"`, int32 ones, `"bool"`, true, or `"positions"`,
-            int32 positions along the last axis.
+            int32 positions along the last axis, or a tuple of int32 values.
         modality: What the backbone reads, such as `"text"`.
     """
 
@@ -64,6 +64,8 @@ def _array(rng, shape, kind):
             return np.ones(shape, bool)
         case "positions":
             return np.indices(shape, "int32")[-1]
+        case tuple():
+            return np.broadcast_to(np.asarray(kind, "int32"), shape)
         case int():
             return rng.integers(kind, size=shape, dtype="int32")
     raise ValueError(f"`kind` is an int or a known name. Received: {kind=}")

@@ -7,12 +7,8 @@ from backbone_entry import Entry as Entry
 from backbone_entry import make_backbone as make_backbone
 from backbone_entry import make_inputs as make_inputs
 from backbones_text import TEXT
+from backbones_vision import VISION
 from keras_hub.models import Backbone
-
-try:
-    from backbones_vision import VISION
-except ModuleNotFoundError:
-    VISION = {}
 
 # Keys are class names, or "Class:variant" for another shape of the same class.
 ENTRIES = {**TEXT, **VISION}
