@@ -25,7 +25,7 @@ from keras_vera import _adapter_format
 
 
 def original(folder):
-    """Returns the bytes of a small adapter of two layers and a head."""
+    """Returns the bytes of a small adapter: two layers, a head, A and B."""
     path = os.path.join(folder, "original.vera.safetensors")
     rng = np.random.default_rng(0)
     layer = {
@@ -37,8 +37,8 @@ def original(folder):
     header = {
         "format_version": _adapter_format.FORMAT_VERSION,
         "rank": 4,
-        "seed": 0,
-        "structure": "dense",
+        "seed": None,
+        "structure": "explicit",
         "d_initial": 0.1,
         "dropout": 0.0,
         "targets": "attention-qv",
@@ -49,11 +49,15 @@ def original(folder):
         },
         "projection_sha256": "0" * 64,
     }
-    tensors = {"head/kernel": rng.normal(size=(6, 3)).astype("float32")}
+    shapes = {"head/kernel": (6, 3)}
+    shapes.update(vera_kernel_a=(8, 4), vera_kernel_b=(4, 12))
     for path_of_layer in header["layers"]:
         for name, size in (("vera_lambda_d", 4), ("vera_lambda_b", 6)):
-            values = rng.normal(size=size).astype("float32")
-            tensors[f"{path_of_layer}/{name}"] = values
+            shapes[f"{path_of_layer}/{name}"] = (size,)
+    tensors = {
+        name: rng.normal(size=shape).astype("float32")
+        for name, shape in shapes.items()
+    }
     _adapter_format.write(path, header, tensors)
     return pathlib.Path(path).read_bytes()
 

@@ -15,6 +15,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_vera.projection import EXPLICIT
+
 EXTENSION = ".vera.safetensors"
 FORMAT_VERSION = 1
 _HEADER = "keras_vera"
@@ -86,31 +88,40 @@ def write(filepath, header, tensors):
     digest = hashlib.sha256(content).hexdigest().encode()
     place = _place_of_sha256(content)
     content = content[:place] + digest + content[place + len(digest) :]
-    write_bytes(filepath, content)
+    write_files({filepath: content})
 
 
-def write_bytes(filepath, content):
-    """Writes a file in one step, or raises `AdapterFileError`."""
-    with errors_about(filepath, "could not be written"):
-        _write_atomically(filepath, content)
-
-
-def _write_atomically(filepath, content):
-    folder = os.path.dirname(filepath) or "."
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+def write_files(contents):
+    """Writes files, bytes by path; on `AdapterFileError`, none of them."""
+    temporaries = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # `mkstemp` makes files that only the owner can read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, filepath)
+        for filepath, content in contents.items():
+            with errors_about(filepath, "could not be written"):
+                if os.path.isdir(filepath):
+                    raise ValueError("it is a directory.")
+                folder = os.path.dirname(filepath) or "."
+                handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+                temporaries[filepath] = temporary
+                _write_temporary(handle, temporary, content)
+        for filepath in contents:
+            with errors_about(filepath, "could not be written"):
+                os.replace(temporaries[filepath], filepath)
+                del temporaries[filepath]
     except BaseException:
-        os.unlink(temporary)
+        for temporary in temporaries.values():
+            os.unlink(temporary)
         raise
+
+
+def _write_temporary(handle, temporary, content):
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    # `mkstemp` makes files that only the owner can read.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
 
 
 def read(filepath):
@@ -128,8 +139,7 @@ def read(filepath):
     """
     header, _ = read_header(filepath)
     with errors_about(filepath, "is damaged"):
-        with open(filepath, "rb") as file:
-            content = file.read()
+        content = read_bytes(filepath)
         place = _place_of_sha256(content, header["sha256"])
         blank = _NO_SHA256.encode()
         digest = hashlib.sha256(content[:place])
@@ -138,6 +148,18 @@ def read(filepath):
         if digest.hexdigest() != header["sha256"]:
             raise ValueError("its bytes do not give its SHA-256.")
         return header, decode(content)
+
+
+def read_bytes(filepath):
+    with _opened(filepath) as file:
+        return file.read()
+
+
+def _opened(filepath):
+    # A pipe would be waited for without end.
+    if not stat.S_ISREG(os.stat(filepath).st_mode):
+        raise ValueError("it is not a regular file.")
+    return open(filepath, "rb")
 
 
 def decode(content):
@@ -174,23 +196,20 @@ def read_header(filepath):
         AdapterFileError: If anything is wrong with what was read.
     """
     with errors_about(filepath, "is not an adapter file, or is damaged"):
-        # A pipe would be waited for without end.
-        if not stat.S_ISREG(os.stat(filepath).st_mode):
-            raise ValueError("it is not a regular file.")
-        with safetensors.safe_open(filepath, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            entries = {
-                name: (part.get_dtype(), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
+        # Opened here first: safetensors does not say why it cannot.
+        with _opened(filepath) as file:
+            with safetensors.safe_open(filepath, framework="numpy") as content:
+                metadata = content.metadata() or {}
+                slices = {x: content.get_slice(x) for x in content.keys()}
+                entries = {
+                    name: (part.get_dtype(), tuple(part.get_shape()))
+                    for name, part in slices.items()
+                }
+            check_names(file)
         if _HEADER not in metadata:
             raise ValueError(
                 "its metadata has no JSON object named 'keras_vera'."
             )
-        with open(filepath, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            parsed(file.read(length))  # For names that occur twice.
         header = parsed(metadata[_HEADER])
         _check_header(header, entries)
         paths = sorted(
@@ -198,13 +217,19 @@ def read_header(filepath):
             for name in entries
             if name == _VECTOR or name.endswith("/" + _VECTOR)
         )
-        _check_layers(header["layers"], paths)
+        _check_layers(header, paths)
         layers = [
             dict(zip((*_LAYER_KEYS, _OFFSET), [*row, 0]))
             for row in header["layers"]
         ]
         header["layers"] = dict(zip(paths, layers))
     return header, entries
+
+
+def check_names(file):
+    """Raises if a name occurs twice in the index of a safetensors file."""
+    length = int.from_bytes(file.read(8), "little")
+    parsed(file.read(length))
 
 
 @contextlib.contextmanager
@@ -264,7 +289,8 @@ def _check_header(header, entries):
             raise ValueError(f"'{name}' has dtype {dtype}.")
 
 
-def _check_layers(rows, paths):
+def _check_layers(header, paths):
+    rows = header["layers"]
     if len(rows) != len(paths):
         raise ValueError(
             f"its header describes {len(rows)} layers, and it has the vectors "
@@ -275,7 +301,8 @@ def _check_layers(rows, paths):
             isinstance(row, list)
             and list(map(type, row[:3])) == [list, str, str]
             and all(type(x) is int and 0 < x < 2**31 for x in row[3:])
-            and len(row) <= len(_LAYER_KEYS) + 1
+            # A seed would make as many columns of B as an offset asks for.
+            and len(row) <= len(_LAYER_KEYS) + (header["structure"] == EXPLICIT)
             and all(type(size) is int and size > 0 for size in row[0])
             and math.prod(row[0]) < 2**63
         )

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -10,10 +11,12 @@ from keras import ops
 from keras_vera import _adaptation
 from keras_vera import _keras
 from keras_vera._adapter_format import AdapterFileError
+from keras_vera._adapter_format import check_names
 from keras_vera._adapter_format import decode
 from keras_vera._adapter_format import errors_about
 from keras_vera._adapter_format import parsed
-from keras_vera._adapter_format import write_bytes
+from keras_vera._adapter_format import read_bytes
+from keras_vera._adapter_format import write_files
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._checks import check_integer
@@ -46,6 +49,7 @@ def load_peft_adapter(model, folder):
 
     Biases that PEFT trained (`bias="vera_only"`) belong to the adapter, and
     go with it; heads (`modules_to_save`) are assigned to those of the task.
+    `bias="all"`, which trains layers without an adapter, is refused.
     If PEFT did not save its matrices, they are made again with PyTorch, which
     promises the same numbers for one of its versions and platforms only.
 
@@ -207,9 +211,13 @@ def save_peft_adapter(model, folder, base_model_name_or_path=None):
         for name, array in tensors.items()
     }
     content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    write_bytes(os.path.join(folder, _WEIGHTS), content)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_bytes(os.path.join(folder, _CONFIG), text.encode())
+    write_files(
+        {
+            os.path.join(folder, _WEIGHTS): content,
+            os.path.join(folder, _CONFIG): text.encode(),
+        }
+    )
 
 
 def _contraction(layer):
@@ -223,8 +231,7 @@ def _contraction(layer):
 
 def _read_config(filepath):
     with errors_about(filepath, "is not the config of a PEFT VeRA adapter"):
-        with open(filepath, encoding="utf-8") as file:
-            config = parsed(file.read())
+        config = parsed(read_bytes(filepath).decode())
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object.")
         if config.get("peft_type") != "VERA":
@@ -235,6 +242,11 @@ def _read_config(filepath):
                 "layers without an adapter. Only 'none' and 'vera_only' can be "
                 "loaded."
             )
+        targets = config.get("target_modules")
+        if not isinstance(targets, str | list | None) or not all(
+            isinstance(target, str) for target in targets or ()
+        ):
+            raise ValueError(f"it has target_modules={targets!r}.")
         return {
             "r": check_integer("r", config.get("r"), 1),
             "save_projection": bool(config.get("save_projection", True)),
@@ -246,7 +258,7 @@ def _read_config(filepath):
             ),
             "d_initial": check_d_initial(config.get("d_initial", 0.1)),
             "vera_dropout": check_dropout(config.get("vera_dropout", 0.0)),
-            "target_modules": config.get("target_modules"),
+            "target_modules": targets,
         }
 
 
@@ -260,8 +272,13 @@ def _read_weights(filepath):
             "`save_pretrained` again, which writes safetensors."
         )
     with errors_about(filepath, "is not the file of a PEFT adapter"):
-        with open(filepath, "rb") as file:
-            return decode(file.read())
+        content = read_bytes(filepath)
+        tensors = decode(content)
+        check_names(io.BytesIO(content))
+        for name, array in tensors.items():
+            if array.dtype != "float32":
+                raise ValueError(f"'{name}' has dtype {array.dtype}.")
+        return tensors
 
 
 def _sorted_entries(tensors, prefix, modules, older, heads):
@@ -274,7 +291,10 @@ def _sorted_entries(tensors, prefix, modules, older, heads):
             module = entry["module"].removeprefix(prefix + ".")
             module = older.get(module, module)
             if module in modules:
-                found.setdefault(module, {})[entry["what"]] = array
+                entries = found.setdefault(module, {})
+                if entry["what"] in entries:
+                    raise ValueError(f"it holds '{name}' by two names.")
+                entries[entry["what"]] = array
                 continue
         entry = _OF_HEAD.fullmatch(path)
         if entry and entry["module"] in heads:

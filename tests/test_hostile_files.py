@@ -1,8 +1,11 @@
 """Files that are damaged or made to do harm: one error, and no harm."""
 
+import contextlib
 import json
 import os
+import pathlib
 import struct
+import tempfile
 import tracemalloc
 
 import numpy as np
@@ -125,7 +128,8 @@ def test_headers_with_a_right_checksum(content, path, fresh, data):
     value = data.draw(JSON)
     if name == "layers" and data.draw(st.booleans()):
         row = data.draw(st.integers(0, len(header["layers"]) - 1))
-        header["layers"][row][data.draw(st.integers(0, 2))] = value
+        place = data.draw(st.integers(0, 3))
+        header["layers"][row][place : place + 1] = [value]
     else:
         header[name] = value
     write(path, header, tensors)
@@ -236,20 +240,45 @@ def test_places_without_a_file(model, tmp_path):
     assert len(os.listdir(tmp_path)) == 2
 
 
+@contextlib.contextmanager
+def ordinary_user():
+    """Nothing is forbidden to root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
 @pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0,
-    reason="Nothing is forbidden to this user.",
+    not hasattr(os, "geteuid"), reason="Windows has other permissions."
 )
-def test_no_permission(model, tmp_path, content):
-    path = tmp_path / "task.vera.safetensors"
-    path.write_bytes(content)
-    path.chmod(0)
-    with pytest.raises(AdapterFileError, match="Permission denied"):
-        keras_vera.load_adapter(make_model(), path)
-    tmp_path.chmod(0o500)
-    with pytest.raises(AdapterFileError, match="Permission denied"):
-        keras_vera.save_adapter(model, path)
-    tmp_path.chmod(0o700)
+def test_no_permission(model, content):
+    fresh = make_model()
+    before = state(fresh)
+    # Not below pytest's folder, which is closed to others as a whole.
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "task.vera.safetensors"
+        path.write_bytes(content)
+        path.chmod(0)
+        path.parent.chmod(0o555)
+        with ordinary_user():
+            for call in (
+                lambda: keras_vera.load_adapter(fresh, path),
+                lambda: keras_vera.save_adapter(model, path),
+            ):
+                with pytest.raises(
+                    AdapterFileError, match=f"{path}.*Permission denied"
+                ):
+                    call()
+        path.chmod(0o600)
+        path.parent.chmod(0o700)
+        assert os.listdir(folder) == [path.name]
+        assert path.read_bytes() == content
+    assert state(fresh) == before
 
 
 @pytest.mark.skipif(
@@ -279,6 +308,8 @@ def test_nothing_in_a_header_is_too_large(content, path):
         {"rank": 2**40},
         {"structure": "blocks999999999"},
         {"layers": [[[2**31, 2**31], "float32", "0"]] * len(header["layers"])},
+        # Columns of B that the layers do not use.
+        {"layers": [[*row, 2**28] for row in header["layers"]]},
     )
     for change in hostile:
         write(path, {**header, **change}, tensors)

@@ -1,7 +1,9 @@
 """Adapters from and to PEFT, checked against PEFT and transformers."""
 
 import json
+import os
 import pathlib
+import sys
 
 import adapter_files
 import keras
@@ -19,6 +21,7 @@ from helpers import state
 from keras import ops
 
 import keras_vera
+from keras_vera._peft_families import find_family
 
 SIZES = dict(
     hidden_size=16,
@@ -221,6 +224,8 @@ def test_from_peft(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_to_peft(family, tmp_path):
     model, backbone = both_models(family, tmp_path / "base")
+    # What the names in task models begin with.
+    assert find_family(backbone)[1].prefix == model.base_model_prefix
     base = hidden_states(model)
     keras_vera.enable_vera(backbone, rank=5, seed=3, targets="all-linear")
     spoil(backbone, scale=0.3)
@@ -231,7 +236,7 @@ def test_to_peft(family, tmp_path):
     np.testing.assert_allclose(hidden_states(with_adapter), expected, atol=1e-4)
 
 
-def test_matrices_that_peft_did_not_save(tmp_path):
+def test_matrices_that_peft_did_not_save(tmp_path, monkeypatch):
     model, backbone = both_models("bert", tmp_path / "base")
     with pytest.warns(UserWarning, match="PRNG"):
         with_adapter = with_peft(
@@ -241,37 +246,53 @@ def test_matrices_that_peft_did_not_save(tmp_path):
             projection_prng_key=7,
         )
         with_adapter.save_pretrained(tmp_path / "peft")
+    before = state(backbone)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)  # Fails to import.
+        with pytest.raises(keras_vera.AdapterFileError, match="Install torch"):
+            keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    assert state(backbone) == before
     keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
     np.testing.assert_allclose(
         keras_hidden_states(backbone), hidden_states(with_adapter), atol=1e-4
     )
 
 
-def test_some_blocks_only_and_older_names(tmp_path):
+OLDER_NAMES = {
+    "vit": {
+        "layers.1.": "encoder.layer.1.",
+        "attention.q_proj": "attention.attention.query",
+        "attention.o_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    },
+    "dinov2": {
+        "attention.q_proj": "attention.attention.query",
+        "attention.o_proj": "attention.output.dense",
+    },
+}
+
+
+@pytest.mark.parametrize("family", OLDER_NAMES)
+def test_some_blocks_only_and_older_names(family, tmp_path):
     """`layers_to_transform`, and a file of transformers 4."""
-    model, backbone = both_models("vit", tmp_path / "base")
+    model, backbone = both_models(family, tmp_path / "base")
     with_adapter = with_peft(
         model,
         ["q_proj", "o_proj", "fc1", "fc2"],
         r=3,
         layers_to_transform=[1],
-        layers_pattern="layers",
+        layers_pattern="layer" if family == "dinov2" else "layers",
     )
     with_adapter.save_pretrained(tmp_path / "peft")
     file = tmp_path / "peft" / "adapter_model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     renamed = {}
     for name, array in tensors.items():
-        for new, old in (
-            ("layers.1.", "encoder.layer.1."),
-            ("attention.q_proj", "attention.attention.query"),
-            ("attention.o_proj", "attention.output.dense"),
-            ("mlp.fc1", "intermediate.dense"),
-            ("mlp.fc2", "output.dense"),
-        ):
+        for new, old in OLDER_NAMES[family].items():
             name = name.replace(new, old)
         renamed[name] = array
-    assert not renamed.keys() & (tensors.keys() - set(MATRICES))
+    assert not any("_proj" in name for name in renamed)
     safetensors.numpy.save_file(renamed, file)
     keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
     assert len(adapted(backbone)) == 4
@@ -361,6 +382,24 @@ def test_heads_travel(family, tmp_path):
     back = peft.PeftModel.from_pretrained(model, tmp_path / "back").eval()
     np.testing.assert_allclose(logits(back), expected, atol=1e-4)
     assert back.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+def test_head_of_other_classes_is_refused(tmp_path):
+    model, task = both_tasks("bert", tmp_path / "base")
+    with_peft(model, ["query"], modules_to_save=["classifier"]).save_pretrained(
+        tmp_path / "peft"
+    )
+    other = keras_hub.models.BertTextClassifier(
+        backbone=task.backbone, preprocessor=None, num_classes=5
+    )
+    for model, message in (
+        (other, "the head 'classifier' has entries of shapes"),
+        (task.backbone, "classifier.weight.*for which the Keras model has no"),
+    ):
+        before = state(model)
+        with pytest.raises(keras_vera.AdapterFileError, match=message):
+            keras_vera.load_peft_adapter(model, tmp_path / "peft")
+        assert state(model) == before
 
 
 def test_causal_lm_travels(tmp_path):
@@ -454,6 +493,33 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[:-3])
 
 
+def name_twice(folder):
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    index = content[8 : 8 + length].rstrip()
+    start = index.index(b'"base_model.model.')
+    entry = index[start : index.index(b"}", start) + 1]
+    index = index[:-1] + b"," + entry + b"}"
+    file.write_bytes(
+        len(index).to_bytes(8, "little") + index + content[8 + length :]
+    )
+
+
+def add_second_name(tensors):
+    tensors[QUERY.replace(".model.", ".model.bert.") + ".vera_lambda_d"] = (
+        np.zeros(5, "float32")
+    )
+
+
+def pipe(name):
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
 def only_pickled(folder):
     file = folder / "adapter_model.safetensors"
     file.rename(folder / "adapter_model.bin")
@@ -470,6 +536,11 @@ MATRICES = ["base_model.vera_A", "base_model.vera_B"]
         (drop_file("adapter_model.safetensors"), "No such file"),
         (only_pickled, "run code"),
         (truncate, "not the file of a PEFT adapter"),
+        (name_twice, "2 times"),
+        (change_weights(add_second_name), "by two names"),
+        (pipe("adapter_config.json"), "not a regular file"),
+        (pipe("adapter_model.safetensors"), "not a regular file"),
+        (change_config(target_modules=[{}]), "target_modules"),
         (change_config(peft_type="LORA"), "peft_type is 'LORA'"),
         (change_config(r=0), "`r` must be"),
         (change_config(r=6), "has entries of shapes"),
@@ -477,8 +548,16 @@ MATRICES = ["base_model.vera_A", "base_model.vera_B"]
         (change_config(d_initial="x"), "d_initial"),
         (change_weights(lambda x: x.pop(MATRICES[0])), "random matrices"),
         (
-            change_weights(lambda x: x.update({"a.weight": np.zeros(2)})),
+            change_weights(
+                lambda x: x.update({"a.weight": np.zeros(2, "float32")})
+            ),
             "no layer",
+        ),
+        (
+            change_weights(
+                lambda x: x.update({MATRICES[0]: x[MATRICES[0]].astype("f8")})
+            ),
+            "has dtype float64",
         ),
         (
             change_weights(lambda x: x.pop(QUERY + ".vera_lambda_b")),
@@ -535,6 +614,25 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
         keras_vera.save_peft_adapter(masked, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     keras_vera.save_peft_adapter(masked.backbone, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors"]
+)
+def test_failed_save_keeps_the_old_files(name, tmp_path):
+    _, backbone = both_models("bert", tmp_path / "base")
+    keras_vera.enable_vera(backbone, rank=2)
+    folder = tmp_path / "peft"
+    keras_vera.save_peft_adapter(backbone, folder)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    files = [path for path in folder.iterdir() if path.is_file()]
+    before = [path.read_bytes() for path in files]
+    spoil(backbone)
+    with pytest.raises(keras_vera.AdapterFileError, match=f"{name}.*directory"):
+        keras_vera.save_peft_adapter(backbone, folder, "another/base")
+    assert [path.read_bytes() for path in files] == before
+    assert len(os.listdir(folder)) == 2
 
 
 def test_real_minilm_travels_both_ways(tmp_path):
@@ -613,7 +711,8 @@ def change_rank(header, tensors):
 
 
 def claim_a_seed(header, tensors):
-    header.update(seed=0, structure="dense")
+    layers = [row[:3] for row in header["layers"]]
+    header.update(seed=0, structure="dense", layers=layers)
 
 
 def shift_a_layer(header, tensors):
