@@ -101,25 +101,24 @@ _VIT_OLDER = {
     "intermediate.dense": "mlp.dense_1",
     "output.dense": "mlp.dense_2",
 }
-_DINOV2_MLP = {
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "mlp.weights_in": "mlp.weights_in",
-    "mlp.weights_out": "mlp.weights_out",
-}
 _DINOV2 = {
     "attention.q_proj": "attention.attention.query_dense",
     "attention.k_proj": "attention.attention.key_dense",
     "attention.v_proj": "attention.attention.value_dense",
     "attention.o_proj": "attention.attention.output_dense",
-    **_DINOV2_MLP,
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    # Of SwiGLU; its `gate_proj` and `up_proj` are one layer in KerasHub.
+    "mlp.down_proj": "mlp.weights_out",
 }
 _DINOV2_OLDER = {
     "attention.attention.query": "attention.attention.query_dense",
     "attention.attention.key": "attention.attention.key_dense",
     "attention.attention.value": "attention.attention.value_dense",
     "attention.output.dense": "attention.attention.output_dense",
-    **_DINOV2_MLP,
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "mlp.weights_out": "mlp.weights_out",
 }
 
 _DECODER_BLOCKS = "layers.{}", "transformer_layer_{}"

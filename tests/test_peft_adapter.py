@@ -301,6 +301,25 @@ def test_some_blocks_only_and_older_names(family, tmp_path):
     )
 
 
+def test_layers_that_only_keras_has_fused(tmp_path, monkeypatch):
+    """DINOv2's SwiGLU, whose gate and values are one layer in KerasHub."""
+    model_class, config, _ = FAMILIES["dinov2"]
+    config = type(config)(**{**config.to_dict(), "use_swiglu_ffn": True})
+    monkeypatch.setitem(FAMILIES, "dinov2", (model_class, config, None))
+    model, backbone = both_models("dinov2", tmp_path / "base")
+    with_adapter = with_peft(model, ["v_proj", "down_proj"])
+    with_adapter.save_pretrained(tmp_path / "peft")
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    assert len(adapted(backbone)) == 4
+    np.testing.assert_allclose(
+        keras_hidden_states(backbone), hidden_states(with_adapter), atol=1e-4
+    )
+    keras_vera.disable_vera(backbone)
+    keras_vera.enable_vera(backbone, rank=2, targets="weights_in")
+    with pytest.raises(ValueError, match="weights_in.*have no counterpart"):
+        keras_vera.save_peft_adapter(backbone, tmp_path / "back")
+
+
 def test_fused_modules_get_channels_for_each_layer(tmp_path):
     model, backbone = both_models("gpt2", tmp_path / "base")
     keras_vera.enable_vera(backbone, rank=5)
