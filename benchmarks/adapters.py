@@ -77,9 +77,28 @@ def main():
         variable.assign(rng.normal(size=variable.shape).astype("float32"))
     numbers = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     entries = len(model.trainable_variables)
+    arrays = [np.array(v) for v in model.trainable_variables]
+
+    def switch():
+        for variable, array in zip(model.trainable_variables, arrays):
+            variable.assign(array)
+
+    tokens = rng.integers(1000, 30000, (4, 32))
+    x = {
+        "token_ids": tokens,
+        "segment_ids": np.zeros_like(tokens),
+        "padding_mask": np.ones_like(tokens),
+    }
+
+    def outputs():
+        return keras.ops.convert_to_numpy(model(x)["sequence_output"])
+
+    exact = outputs()
+    with keras_vera.base_model(model):
+        effect = np.abs(outputs() - exact).max()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "bert.vera.safetensors")
-        for dtype, width in (("float16", 2), ("float32", 4)):
+        for dtype, width in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
             saving = seconds(
                 lambda: keras_vera.save_adapter(model, path, dtype=dtype)
             )
@@ -89,14 +108,12 @@ def main():
                 f"{size - width * numbers:,} more ({entries} entries); saved "
                 f"in {1e3 * saving:.0f} ms"
             )
+            keras_vera.load_adapter(model, path)
+            error = np.abs(outputs() - exact).max() / effect
+            print(f"{dtype}: changes outputs by {error:.1e} of what VeRA does")
+            switch()
         loading = seconds(lambda: keras_vera.load_adapter(model, path))
         print(f"loaded into the adapted model in {1e3 * loading:.0f} ms")
-    arrays = [np.array(v) for v in model.trainable_variables]
-
-    def switch():
-        for variable, array in zip(model.trainable_variables, arrays):
-            variable.assign(array)
-
     print(f"switched from memory in {1e3 * seconds(switch):.1f} ms")
 
 

@@ -45,7 +45,7 @@ def save_adapter(model, filepath, dtype="float32"):
         filepath: `str` or `pathlib.Path`. Must end in `.vera.safetensors`.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`: how floats are
             stored (those of 64 bits as they are). Half the bytes cost a
-            relative error of 2**-11 or 2**-9 in every number. Defaults to
+            relative error of 2**-11 or 2**-8 in every number. Defaults to
             `"float32"`, which is exact.
 
     Raises:

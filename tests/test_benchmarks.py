@@ -85,6 +85,9 @@ def test_adapters():
     # Two layers, each 8 and 64 numbers.
     assert "bytes for 144 numbers" in output
     assert re.search(r"^loaded .* in \d+ ms$", output, re.M)
+    errors = dict(re.findall(r"^(\w+): changes outputs by (\S+)", output, re.M))
+    assert float(errors["float32"]) == 0 < float(errors["float16"]) < 1e-2
+    assert float(errors["float16"]) < float(errors["bfloat16"]) < 1e-1
 
 
 def test_bank():
