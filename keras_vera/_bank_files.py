@@ -45,6 +45,7 @@ class BankFiles:
         self.layers, heads, self.fresh = {}, [], {}
         for layer in self._paths.values():
             if is_adapted(layer):
+                _check_order_of_examples(layer)
                 own = layer.vera_lambda_d, layer.vera_lambda_b
                 d, b = (names[id(v)] for v in own)
                 start = self._header["d_initial"]
@@ -158,6 +159,18 @@ def _check_no_rematerialization(model):
                 "known any more which example has which adapter. Build the "
                 "model without the scope, or use another backend."
             )
+
+
+def _check_order_of_examples(layer):
+    contraction = layer._vera_layout.contraction
+    first, *_ = contraction.input_permutation or (0,)
+    if first != 0 or 0 in contraction.summed_axes:
+        raise ValueError(
+            f"The output of layer '{layer.name}' does not begin with the axis "
+            f"of the examples: its equation is '{layer.equation}'. An "
+            "`AdapterBank` could not tell which rows have which adapter. "
+            "Leave this layer out of `targets`."
+        )
 
 
 def _check_head(layer, variables):

@@ -52,6 +52,10 @@ class BankModel(keras.Model):
             trainable=False,
             name="classes",
         )
+        # How many examples of compiled functions had no adapter.
+        self._strays = keras.Variable(
+            0, dtype="int32", trainable=False, name="strays"
+        )
         self._stacks = {
             name: _new_stack(name, variable, fresh[name], slots)
             for name, variable in variables.items()
@@ -89,17 +93,22 @@ class BankModel(keras.Model):
     def call(self, inputs, training=None):
         self.check_base()
         inputs, ids = split_ids(inputs)
-        ids = ops.cast(ids, "int32")
         if len(ids.shape) != 1:
             raise ValueError(
                 f"`{IDS}` must have the shape (batch,). Received: shape="
                 f"{tuple(ids.shape)}"
             )
+        # Before the cast, which may wrap.
         known = ops.logical_and(ids >= 0, ids < self.slots)
-        ids = ops.where(known, ids, 0)
-        classes = ops.take(self._classes, ids, axis=0)
+        slots = ops.where(known, ops.cast(ids, "int32"), 0)
+        classes = ops.take(self._classes, slots, axis=0)
         known = ops.logical_and(known, classes > 0)
-        with mixed_batch(self.rows(ids, classes)):
+        if not _keras.is_traced(known):
+            _raise_unless(known, ids)
+        elif _keras.can_assign_traced():
+            strays = ops.sum(ops.cast(ops.logical_not(known), "int32"))
+            self._strays.assign_add(strays)
+        with mixed_batch(self.rows(slots, classes)):
             outputs = self.base(inputs)
         # What no adapter has computed must not look like an answer.
         return keras.tree.map_structure(
@@ -143,36 +152,61 @@ class BankModel(keras.Model):
         super().compile(train_rows(optimizer), *args, **kwargs)
 
     def fit(self, x=None, *args, **kwargs):
-        self.check_ids(x)
-        return super().fit(x, *args, **kwargs)
+        with self._checked_ids(x):
+            return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x=None, *args, **kwargs):
-        self.check_ids(x)
-        return super().evaluate(x, *args, **kwargs)
+        with self._checked_ids(x):
+            return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
-        self.check_ids(x)
-        return super().predict(x, *args, **kwargs)
+        with self._checked_ids(x):
+            return super().predict(x, *args, **kwargs)
 
-    def check_ids(self, x):
-        """Raises for ids without an adapter, where `x` is of arrays."""
+    def train_on_batch(self, x, *args, **kwargs):
+        self._check_ids(x)
+        return super().train_on_batch(x, *args, **kwargs)
+
+    def test_on_batch(self, x, *args, **kwargs):
+        self._check_ids(x)
+        return super().test_on_batch(x, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        self._check_ids(x)
+        return super().predict_on_batch(x)
+
+    @contextlib.contextmanager
+    def _checked_ids(self, x):
+        """Raises for ids without an adapter: before, where `x` is of arrays;
+        else afterwards, as no compiled function can raise on all backends."""
+        self._check_ids(x)
+        before = self._count_strays()
+        yield
+        found = self._count_strays() - before
+        if found:
+            raise ValueError(
+                f"{found} examples had `{IDS}` without an adapter in the "
+                "bank. They got NaN, and trained nothing. Take ids from "
+                "`bank.ids`."
+            )
+
+    def _count_strays(self):
+        _keras.synchronize(self)
+        return int(ops.convert_to_numpy(self._strays))
+
+    def _check_ids(self, x):
         if isinstance(x, dict):
             ids = x.get(IDS)
         elif isinstance(x, (list, tuple)) and len(x) > 1:
             ids = x[-1]
         else:
             return
-        if not (isinstance(ids, (np.ndarray, list)) or ops.is_tensor(ids)):
-            return
-        ids = np.asarray(ops.convert_to_numpy(ids))
-        classes = ops.convert_to_numpy(self._classes)
-        known = (ids >= 0) & (ids < len(classes))
-        known &= classes[np.where(known, ids, 0)] > 0
-        if not known.all():
-            raise ValueError(
-                f"`{IDS}` must be ids of adapters in the bank, as `bank.ids` "
-                f"gives them. Received: {np.unique(ids[~known])[:5].tolist()}"
-            )
+        if isinstance(ids, (np.ndarray, list)) or ops.is_tensor(ids):
+            ids = np.asarray(ops.convert_to_numpy(ids))
+            classes = ops.convert_to_numpy(self._classes)
+            known = (ids >= 0) & (ids < len(classes))
+            known &= classes[np.where(known, ids, 0)] > 0
+            _raise_unless(known, ids)
 
     # ---- Slots.
 
@@ -268,6 +302,16 @@ def join_ids(x, ids):
     if isinstance(x, dict):
         return {**x, IDS: ids}
     return [*x, ids] if isinstance(x, (list, tuple)) else [x, ids]
+
+
+def _raise_unless(known, ids):
+    known = ops.convert_to_numpy(known)
+    if not known.all():
+        ids = np.unique(ops.convert_to_numpy(ids)[~known])
+        raise ValueError(
+            f"`{IDS}` must be ids of adapters in the bank, as `bank.ids` "
+            f"gives them. Received: {ids[:5].tolist()}"
+        )
 
 
 def _new_stack(name, variable, fresh, slots):

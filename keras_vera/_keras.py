@@ -10,6 +10,7 @@ import gc
 import keras
 from keras.src import backend
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
@@ -225,6 +226,26 @@ def synchronize(model):
     """Brings variables up to date in the middle of `fit` on JAX."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
+
+
+def is_traced(x):
+    """Says whether `x` has no value yet, as in `jit` and `tf.function`."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(x, jax.core.Tracer)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    import torch
+
+    return x.is_meta or torch.compiler.is_compiling()
+
+
+def can_assign_traced():
+    """Says whether a variable takes a value that is traced."""
+    return keras.backend.backend() != "jax" or in_stateless_scope()
 
 
 def hidden_group(store, create=False):

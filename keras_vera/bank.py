@@ -39,7 +39,8 @@ class AdapterBank:
 
     Args:
         model: A model on which `keras_vera.enable_vera` was called. It stays
-            usable; its own vectors are no adapter of the bank.
+            usable; its own vectors are no adapter of the bank. The first axis
+            of what its adapted layers receive must be that of the examples.
         capacity: Positive integer, the number of adapters in the device's
             memory. See `grow`.
         folder: `str` or `pathlib.Path`, a folder of adapter files that is the
@@ -52,8 +53,11 @@ class AdapterBank:
             last of a list or tuple, `[x, adapter_ids]`. Its trained variables
             are the bank's, so `compile` and `fit` train adapters, each by its
             own examples; those absent from a batch do not move, nor does the
-            optimizer's state for them. Rows with ids without an adapter are an
-            error in arrays, and NaN in the output where ids come in datasets.
+            optimizer's state for them. Ids without an adapter are an error:
+            at once in arrays and in eager calls, at the end of `fit`,
+            `evaluate` or `predict` in datasets, which a compiled function
+            reads. Their outputs are NaN and they train nothing, also in
+            functions that you compile yourself.
 
     Example:
 

@@ -104,6 +104,29 @@ def test_mixed_is_alone(files, data, tmp_path):
         np.testing.assert_array_equal(value, old)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    # `torch.compile` gives the same, but takes minutes.
+    ["run_eagerly"] + ["jit_compile"] * (backend() != "torch"),
+)
+def test_a_step_is_the_same_in_every_mode(files, data, mode):
+    found = []
+    for compiled in (False, True):
+        bank = make_bank(files)
+        bank.model.compile(
+            keras.optimizers.SGD(0.1),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **{mode: compiled},
+        )
+        before = stacks(bank)
+        step(bank, data, MIXED)
+        found.append(stacks(bank))
+    for key, value in found[0].items():
+        assert largest_difference(value, found[1][key]) < 1e-6, key
+        if "classes" not in key:
+            assert np.any(value != before[key]), key
+
+
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(0.01),
     "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
