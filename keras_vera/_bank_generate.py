@@ -4,6 +4,7 @@ import functools
 
 import keras
 
+from keras_vera import _keras
 from keras_vera._bank_scope import mixed_batch
 
 _ROWS = "keras_vera_rows"
@@ -70,7 +71,8 @@ def _make_stand_in(model):
     # Not `copy.copy`, which makes a new model from the config.
     stand_in = object.__new__(_class_with_rows(type(model)))
     stand_in.__dict__.update(model.__dict__)
-    stand_in.__dict__["generate_function"] = None
+    # Those of the model know no rows.
+    stand_in.__dict__.update(dict.fromkeys(_keras.COMPILED))
     return stand_in
 
 

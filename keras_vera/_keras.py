@@ -15,6 +15,16 @@ from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
 
+# Compiled functions that models keep. KerasHub's Gemma 4 has one for
+# generation with an assistant model.
+COMPILED = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+    "_cached_spec_generate_fn",
+)
+
 
 def structural_paths(model):
     """Returns `{path: layer}` for `model` and all layers below it.
@@ -192,12 +202,7 @@ def reset_compiled(layers):
         below = flatten_layers(model)
         if changed.isdisjoint(id(layer) for layer in below):
             continue
-        for name in (
-            "train_function",
-            "test_function",
-            "predict_function",
-            "generate_function",
-        ):
+        for name in COMPILED:
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
         optimizer = getattr(model, "optimizer", None)

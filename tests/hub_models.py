@@ -32,6 +32,17 @@ def gemma(**kwargs):
     )
 
 
+def gemma4(**kwargs):
+    return keras_hub.models.Gemma4Backbone(
+        **TEXT,
+        **GROUPED,
+        head_dim=4,
+        image_size=8,
+        layer_types=["full_attention"] * 2,
+        **kwargs,
+    )
+
+
 def llama(**kwargs):
     return keras_hub.models.LlamaBackbone(**TEXT, **GROUPED, **kwargs)
 
@@ -63,6 +74,8 @@ FAMILIES = {
     "gpt2": (gpt2, "GPT2CausalLM", CAUSAL_LM),
     "vit": (vit, "ViTImageClassifier", CLASSIFIER),
 }
+# And one for what it alone has, a generation with a draft model.
+TASKS = {**FAMILIES, "gemma4": (gemma4, "Gemma4CausalLM", CAUSAL_LM)}
 CAUSAL_LMS = ["gemma", "llama", "gpt2"]
 
 
@@ -72,7 +85,7 @@ def make_backbone(family, **kwargs):
     All its weights are random, also the biases and norms that start at 0 or
     1: so none of them can be lost unnoticed.
     """
-    backbone = FAMILIES[family][0](**kwargs)
+    backbone = TASKS[family][0](**kwargs)
     randomize(backbone)
     return backbone
 
@@ -81,7 +94,7 @@ def make_task(family, backbone=None):
     """Returns a task model with a random head, the same one every time."""
     if backbone is None:
         backbone = make_backbone(family)
-    _, name, kwargs = FAMILIES[family]
+    _, name, kwargs = TASKS[family]
     task = getattr(keras_hub.models, name)(backbone=backbone, **kwargs)
     randomize(task, skip=backbone)
     return task

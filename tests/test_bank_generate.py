@@ -7,8 +7,10 @@ from banks import randomize
 from helpers import backend
 from helpers import spoil
 from hub_models import CAUSAL_LMS
+from hub_models import make_backbone
 from hub_models import make_prompt
 from hub_models import make_task
+from keras import ops
 
 import keras_vera
 
@@ -91,14 +93,40 @@ def test_samplers_that_repeat_rows(tmp_path, sampler):
 def test_random_samplers(tmp_path, sampler):
     """With one seed, they draw for each row what they draw with it alone."""
     task, bank = make_bank("gemma", tmp_path)
-    found = []
     prompt = make_prompt(4)
     task.compile(sampler=RANDOM[sampler]())
+    state = task.sampler.seed_generator.state
+    seed = ops.convert_to_numpy(state).copy()
     found = bank.generate(prompt, ADAPTERS, stop_token_ids=None)["token_ids"]
     for i, name in enumerate(ADAPTERS):
-        task.compile(sampler=RANDOM[sampler]())
+        state.assign(seed)
         expected = alone(task, tmp_path, prompt, name)
         np.testing.assert_array_equal(found[i], expected[i])
+
+
+def test_speculative_sampler(tmp_path):
+    """A draft model is not adapted; what it proposes, the adapters check."""
+    task, bank = make_bank("gemma4", tmp_path)
+    task.compile(sampler="greedy")
+    assistant = keras_hub.models.Gemma4AssistantCausalLM(
+        backbone=make_backbone("gemma4"),
+        backbone_hidden_size=8,
+        num_centroids=1,
+        centroid_intermediate_top_k=1,
+        use_ordered_embeddings=False,
+        num_speculative_tokens=1,
+        preprocessor=None,
+    )
+    prompt = make_prompt(4)
+    settings = {"stop_token_ids": None, "assistant_model": assistant}
+    # KerasHub keeps what it compiles here, without any adapters.
+    task.generate(prompt, **settings)
+    found = bank.generate(prompt, ADAPTERS, **settings)["token_ids"]
+    expected = [
+        alone(task, tmp_path, prompt, name)[i]
+        for i, name in enumerate(ADAPTERS)
+    ]
+    np.testing.assert_array_equal(found, np.stack(expected))
 
 
 def test_no_adapter_is_compiled_in(tmp_path, monkeypatch):
