@@ -58,3 +58,35 @@ def test_peft_raises_when_it_hits_nothing():
     config = peft.VeraConfig(target_modules=["qery"])
     with pytest.raises(ValueError):
         peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)
+
+
+def test_peft_ignores_the_adapters_of_the_examples():
+    """Only its LoRA takes them."""
+    import peft
+    import torch
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    vera = peft.VeraConfig(r=4, target_modules=["query", "value"])
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    model = peft.get_peft_model(model, vera, adapter_name="first").eval()
+    model.add_adapter("second", vera)
+    for name, parameter in model.named_parameters():
+        if "vera_lambda_b" in name:
+            torch.nn.init.normal_(parameter)
+    found = {}
+    with torch.no_grad():
+        x = torch.ones((2, 4), dtype=torch.long)
+        for name in ("first", "second"):
+            model.set_adapter(name)
+            found[name] = model(input_ids=x).last_hidden_state
+        mixed = model(input_ids=x, adapter_names=["first", "second"])
+    mixed = mixed.last_hidden_state
+    assert not torch.allclose(found["first"], found["second"], atol=1e-3)
+    torch.testing.assert_close(mixed, found["second"])
