@@ -7,9 +7,9 @@ backends trace or run the layers inside it, also in `jit`, `tf.function` and
 """
 
 import contextlib
-import contextvars
+import threading
 
-_rows = contextvars.ContextVar("keras_vera_rows", default=None)
+_scope = threading.local()
 
 
 @contextlib.contextmanager
@@ -20,16 +20,17 @@ def mixed_batch(rows):
         rows: Dict of tuples of tensors by layer, each with one row for each
             example: d and b of an adapted layer, kernel and bias of a head.
     """
-    token = _rows.set({id(layer): tensors for layer, tensors in rows.items()})
+    before = getattr(_scope, "rows", None)
+    _scope.rows = {id(layer): tensors for layer, tensors in rows.items()}
     try:
         yield
     finally:
-        _rows.reset(token)
+        _scope.rows = before
 
 
 def rows_of(layer):
     """Returns the tensors of a layer in a mixed batch, else `None`."""
-    rows = _rows.get()
+    rows = getattr(_scope, "rows", None)
     return None if rows is None else rows.get(id(layer))
 
 

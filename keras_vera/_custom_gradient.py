@@ -129,8 +129,6 @@ else:
     _last = threading.local()
 
     def _shared_by_readers_of(x):
-        if torch.compiler.is_compiling():
-            return _Shared()
         reference = getattr(_last, "reference", None)
         if reference is None or reference() is not x:
             _last.reference, _last.shared = weakref.ref(x), _Shared()
@@ -156,16 +154,24 @@ else:
                 # What was kept is a constant to gradients of gradients.
                 kept = ()
             wanted = ctx.needs_input_grad[3 : 3 + ctx.count]
+            once = _compute if ctx.shared is None else ctx.shared.once
             gradients = ctx.function.backward(
-                upstream, wanted, kept, ctx.shared.once, *tensors
+                upstream, wanted, kept, once, *tensors
             )
-            ctx.shared.done()
+            if ctx.shared is not None:
+                ctx.shared.done()
             rest = [None] * (ctx.tensors - ctx.count)
             return None, None, None, *gradients, *rest
 
     def _call(function, trained, frozen):
+        if torch._C._are_functorch_transforms_active():
+            # `torch.func` takes no such functions; it differentiates the
+            # forward pass by itself.
+            wanted = (False,) * len(trained)
+            return function.forward(wanted, *trained, *frozen)[0]
         shared = None
-        if torch.is_grad_enabled():
+        # A compiled program finds by itself what was computed before.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             shared = _shared_by_readers_of(trained[0])
             shared.readers += 1
         return _Function.apply(

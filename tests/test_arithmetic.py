@@ -233,21 +233,26 @@ def test_layers_of_one_input_do_not_disturb_each_other(plan, rng):
                 np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
+def kept_tensors(layer, x):
+    """Returns what PyTorch keeps for the backward pass."""
+    import torch
+
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return kept
+
+
 def kept_shapes(layer, x):
     """Returns the shapes of what waits for the backward pass."""
     if BACKEND == "torch":
-        import torch
-
-        shapes = []
-
-        def pack(tensor):
-            shapes.append(tuple(tensor.shape))
-            return tensor
-
         x = ops.convert_to_tensor(x).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            layer(x)
-        return shapes
+        return [tuple(tensor.shape) for tensor in kept_tensors(layer, x)]
     import jax
 
     _, backward = jax.vjp(
@@ -285,21 +290,32 @@ def test_only_x_is_kept_for_the_backward_pass(plan, structure, rng):
 @pytest.mark.skipif(BACKEND != "torch", reason="Only PyTorch can tell.")
 def test_nothing_is_kept_for_a_gradient_that_nobody_wants(rng):
     # As in the first block of a model, whose input is frozen.
-    import torch
-
     layer = make_layer()
     x = ops.convert_to_tensor(rng.normal(size=(T, M)).astype("float32"))
     own = {v.value.data_ptr() for v in layer.weights} | {x.data_ptr()}
-    kept = []
-
-    def pack(tensor):
-        kept.append(tensor.data_ptr())
-        return tensor
-
     with plans.forced(Plan(folded=True, kept=True, m_from_kernel=True)):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            layer(x)
+        kept = [tensor.data_ptr() for tensor in kept_tensors(layer, x)]
     assert kept and set(kept) <= own
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Only PyTorch can tell.")
+@STRUCTURES
+@pytest.mark.parametrize("tokens", [4, T])
+def test_no_more_is_kept_than_for_lora(tokens, structure, rng):
+    lora = keras.layers.Dense(N, use_bias=False)
+    lora.build((None, M))
+    lora.enable_lora(8)
+    x = ops.convert_to_tensor(rng.normal(size=(tokens, M)).astype("float32"))
+    x.requires_grad_()
+
+    def kept(layer):
+        own = {v.value.data_ptr() for v in layer.weights}
+        tensors = kept_tensors(layer, x)
+        return sum(t.numel() for t in tensors if t.data_ptr() not in own)
+
+    # x, and a folded kernel: always in LoRA, here where it is not larger.
+    assert kept(make_layer(structure)) == x.numel() + (tokens >= N) * M * N
+    assert kept(lora) >= x.numel() + M * N
 
 
 def hessian(layer, x):
@@ -404,12 +420,46 @@ def test_torch_compile(plan, rng):
         return torch.autograd.grad(ops.sum(ops.sin(layer(x))), vectors)
 
     with plans.forced(plan):
-        # Without code generation, which takes a minute each.
-        compiled = torch.compile(layer, backend="aot_eager")
+        # Without code generation, which takes a minute each; and in one graph,
+        # or nothing would be compiled.
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         loss = ops.sum(ops.sin(compiled(x)))
         received = torch.autograd.grad(loss, vectors)
         for ours, expected in zip(received, step(x)):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.skipif(
+    BACKEND == "tensorflow", reason="`tf.vectorized_map` is no such transform."
+)
+@STRUCTURES
+def test_gradients_of_each_example(structure, plan, rng):
+    if BACKEND == "torch":
+        from torch.func import grad
+        from torch.func import vmap
+    else:
+        from jax import grad
+        from jax import vmap
+
+    layer = make_layer(structure)
+    x = rng.normal(size=(5, M)).astype("float32")
+    upstream = rng.normal(size=(5, N)).astype("float32")
+
+    def loss(vectors, x, g):
+        frozen = values(layer.non_trainable_variables)
+        y, _ = layer.stateless_call(vectors, frozen, x[None])
+        return ops.sum(y[0] * g)
+
+    found = vmap(grad(loss), (None, 0, 0))(
+        values(layer.trainable_variables),
+        *map(ops.convert_to_tensor, (x, upstream)),
+    )
+    (together,) = gradients([layer], x, upstream[None])
+    for ours, expected in zip(found, together):
+        assert ours.shape == (5, *expected.shape)
+        np.testing.assert_allclose(
+            to_float64(ours).sum(0), expected, rtol=0, atol=1e-4
+        )
 
 
 @EVERY_PLAN

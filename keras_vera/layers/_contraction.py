@@ -115,7 +115,7 @@ def count_tokens(dims):
     TensorFlow traces `fit` for batches of any size, and so do exports: what
     is unknown counts as 32, the batch size that Keras has by default.
     """
-    return math.prod(x if isinstance(x, int) else 32 for x in dims)
+    return math.prod([x if isinstance(x, int) else 32 for x in dims])
 
 
 def dense_contraction(kernel_shape):
