@@ -284,16 +284,19 @@ def test_float16_does_not_overflow(dtype, rng):
     assert_close(y, reference("dense", layer, x), 0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
-def test_vector_gradients_are_summed_in_float32(dtype):
-    # Two sums over 50,000 tokens, beyond the largest number of float16.
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16", "bfloat16"])
+@pytest.mark.parametrize("plan", plans.DIFFERENT, ids=str)
+def test_vector_gradients_are_summed_in_float32(dtype, plan):
+    # Two sums over 50,000 tokens, beyond the largest number of float16; and
+    # counting by ones in bfloat16 ends at 256.
     layer = make_layer(
         "dense", (50_000, 1), {"y": 1}, bias=False, rank=1, dtype=dtype
     )
     layer.vera_lambda_d.assign([1.0])
     layer.vera_lambda_b.assign([4.0])
     x, g = np.ones((50_000, 1), "float32"), np.ones((50_000, 1), "float32")
-    _, gradients = outputs_and_gradients(layer, x, g)
+    with plans.forced(plan):
+        _, gradients = outputs_and_gradients(layer, x, g)
     _, expected = reference("dense", layer, x, g)
     for name in ("vera_lambda_d", "vera_lambda_b"):
         assert abs(expected[name][0]) > 65_504
@@ -811,13 +814,14 @@ def test_unknown_length(rng, plan):
 
 
 @pytest.mark.parametrize(
-    "case",
-    CASES,
-    ids=lambda c: f"{c[0]} {len(c[1])}D",
+    "case, structure",
+    [*((case, "dense") for case in CASES), (CASES[1], "blocks2")],
+    ids=lambda c: c if isinstance(c, str) else f"{c[0]} {len(c[1])}D",
 )
-def test_batch_of_length_zero(case, plan):
+def test_batch_of_length_zero(case, structure, plan):
     _, shape, dims = case
-    layer = make_layer(*case, rank=2)
+    projection = SharedProjection(rank=2, structure=structure)
+    layer = make_layer(*case, projection=projection)
     x = np.zeros((0, *shape[1:]), "float32")
     g = np.zeros(layer.compute_output_shape(x.shape), "float32")
     y, gradients = outputs_and_gradients(layer, x, g)

@@ -75,6 +75,17 @@ def test_default_trains_a_model_without_head(data):
     assert len(adapted(model)) == 1
 
 
+def test_state_is_that_of_the_vectors(data):
+    model = make_model()
+    model.compile(keras_vera.vera_optimizer(), "mse")
+    model.fit(*data, verbose=0)
+    trained = sum(np.prod(v.shape) for v in model.trainable_variables)
+    assert trained == 4 + 8 + (8 * 3 + 3)
+    # Two moments in Adam; and counters, rates.
+    state = [v for v in model.optimizer.variables if len(v.shape)]
+    assert sum(np.prod(v.shape) for v in state) == 2 * trained
+
+
 def test_state_survives_saving(tmp_path, data):
     model = make_model()
     model.compile(keras_vera.vera_optimizer(), "mse")

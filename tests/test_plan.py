@@ -59,14 +59,32 @@ def test_names_force_the_form():
             assert plan.m_from_kernel == auto.m_from_kernel
 
 
-def test_bytes_count_for_more_in_16_bits():
-    # Where a product is cheap, moving the folded kernel decides.
-    choices = [
-        choose_plan(tokens, Dense(768, 768, 16), dtype).folded
-        for tokens in (512, 1024, 4096)
-        for dtype in ("float32", "bfloat16")
-    ]
-    assert choices != choices[::2] * 2 or len(set(choices)) > 1
+# m, n, rank, blocks: the tokens from which on it folds, in float32 and in
+# 16 bits, where the same bytes are the time of more flops.
+FOLDS_FROM = [
+    (768, 768, 16, 1, 649, 692),
+    (768, 768, 256, 1, 418, 441),
+    # Here what counts is the [T, r] of the additive form.
+    (768, 768, 1024, 1, 380, 376),
+    (768, 768, 256, 16, 548, 634),
+    (768, 768, 1024, 16, 301, 418),
+    (4096, 4096, 64, 1, 2819, 3159),
+    (4096, 11008, 1024, 1, 3030, 3070),
+]
+
+
+@pytest.mark.parametrize("row", FOLDS_FROM, ids=str)
+def test_dtype_decides_where_folding_starts(row):
+    *shape, in_float32, in_16_bits = row
+    structure = structure_of(*shape)
+    for dtype, least in (
+        ("float32", in_float32),
+        ("float64", in_float32),
+        ("float16", in_16_bits),
+        ("bfloat16", in_16_bits),
+    ):
+        assert not choose_plan(least - 1, structure, dtype).folded
+        assert choose_plan(least, structure, dtype).folded
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 16])
