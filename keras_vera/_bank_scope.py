@@ -9,6 +9,7 @@ backends trace or run the layers inside it, also in `jit`, `tf.function` and
 import contextlib
 import threading
 
+# Not a `ContextVar`, which `torch.compile` does not follow.
 _scope = threading.local()
 
 

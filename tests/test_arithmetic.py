@@ -15,6 +15,7 @@ from helpers import backend
 from keras import ops
 
 from keras_vera import SharedProjection
+from keras_vera._bank_scope import mixed_batch
 from keras_vera._plan import Plan
 from keras_vera._structure import Blocks
 from keras_vera._structure import Dense
@@ -427,6 +428,49 @@ def test_torch_compile(plan, rng):
         received = torch.autograd.grad(loss, vectors)
         for ours, expected in zip(received, step(x)):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="For PyTorch's compiler.")
+def test_torch_compile_in_mixed_batches(rng):
+    import torch
+
+    layer = make_layer()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = ops.convert_to_tensor(rng.normal(size=(3, M)).astype("float32"))
+    alone = layer(x)
+    np.testing.assert_allclose(compiled(x).detach(), alone.detach(), atol=1e-5)
+    for d in (1.0, 2.0):
+        rows = ops.full((3, RANK), d), ops.ones((3, N))
+        with mixed_batch({layer: rows}):
+            expected = layer(x)
+            received = compiled(x)
+        np.testing.assert_allclose(received, expected, atol=1e-5)
+        assert (expected - alone).abs().max() > 0.1
+    np.testing.assert_allclose(compiled(x).detach(), alone.detach(), atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="For `tf.function`.")
+@STRUCTURES
+def test_tf_function_with_unknown_sizes(structure, plan, rng):
+    import tensorflow as tf
+
+    layer = make_layer(structure)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(tf.sin(layer(x)))
+        return tape.gradient(
+            loss, [x, *(v.value for v in layer.trainable_variables)]
+        )
+
+    signature = [tf.TensorSpec((None, None, M))]
+    compiled = tf.function(step, input_signature=signature)
+    for batch in (3, 0, 1):
+        x = tf.constant(rng.normal(size=(batch, 2, M)).astype("float32"))
+        for received, expected in zip(compiled(x), step(x), strict=True):
+            np.testing.assert_allclose(received, expected, rtol=0, atol=1e-4)
+    assert compiled.experimental_get_tracing_count() == 1
 
 
 @pytest.mark.skipif(
