@@ -33,6 +33,10 @@ def choose_plan(tokens, structure, dtype="float32", plan="auto", inputs=None):
     With T tokens, a kernel of m x n and rank r, folding costs 2mnr flops and
     the additive form 2Tr(m + n); M costs 2Tr(m + n) from the tokens and
     2Tmn + 2mnr from the kernel. Structured pairs divide all that carries r.
+    A layer does not know which others read its x, so that x A counts in full:
+    where query and value share it, ranks somewhat above m / 2 would do better
+    from the tokens (BERT-base, 4096 tokens: ranks 432 to 576, by at most 2 %
+    of a step).
 
     The folded kernel is kept for the backward pass where it is not larger
     than the input, which is kept anyway; Keras' LoRA always keeps its own.

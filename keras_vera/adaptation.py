@@ -71,7 +71,9 @@ def enable_vera(
             `"folded"` makes the adapted kernel once for all tokens and again
             for the backward pass, `"folded-kept"` keeps it in between,
             `"additive"` adds the adapter's own product, and `"auto"` takes
-            the cheapest, by counted flops and bytes. Defaults to `"auto"`.
+            the cheapest, by counted flops and bytes. Sizes that TensorFlow
+            does not know when it traces, such as the batch in `fit`, count as
+            32 there. Defaults to `"auto"`.
 
     Raises:
         ValueError: If an argument makes no sense, a target matches nothing,
