@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import dataclass
+from unittest import mock
 
 import keras
 import numpy as np
@@ -22,6 +23,8 @@ from hub_models import make_task
 from keras import ops
 
 import keras_vera
+from keras_vera._plan import choose_plan
+from keras_vera.layers import _vera_layer
 
 # Largest difference of outputs of about 1: by rounding, and by an adapter.
 ROUNDING = 3e-5
@@ -234,7 +237,16 @@ def test_generate(family):
     task.compile(sampler="greedy")
     base = generate(task)  # Compiles: what follows must not be stale.
     keras_vera.enable_vera(task, rank=4)
-    np.testing.assert_array_equal(generate(task), base)
+    with mock.patch.object(
+        _vera_layer, "choose_plan", wraps=choose_plan
+    ) as asked:
+        np.testing.assert_array_equal(generate(task), base)
+    # The three prompts are read at once, then a token of each is decoded.
+    folded = {
+        call.args[0]: choose_plan(*call.args, **call.kwargs).folded
+        for call in asked.call_args_list
+    }
+    assert folded == {3 * LENGTH: True, 3: False}
     spoil(task, scale=2)
     adapted = generate(task)
     assert np.any(adapted != base)
