@@ -7,8 +7,8 @@ the same model, frozen, in which only the biases of the adapted layers train,
 so that gradients flow wherever an adapter needs them. Flops are counted: by
 XLA's cost analysis on JAX, by PyTorch's `FlopCounterMode`, on TensorFlow the
 matrix products of the program that XLA compiled.
-Memory is XLA's temporary memory of the step on JAX, the tensors saved for the
-backward pass on PyTorch (parameters excluded), the peak on a GPU.
+Memory is XLA's temporary memory of the step on JAX and TensorFlow, the tensors
+saved for the backward pass on PyTorch (parameters excluded; the peak on a GPU).
 
     python benchmarks/step.py
     python benchmarks/step.py --backends torch --targets all-linear --rounds 20
@@ -29,6 +29,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from importlib import metadata
@@ -259,8 +260,24 @@ def tensorflow_step(model, args):
         step(x).numpy()
 
     run.flops = xla_flops(step, x)
-    run.bytes = None
+    run.bytes = xla_bytes(args.xla_dump)
     return run
+
+
+def dump_xla():
+    """Makes XLA write to a folder what TensorFlow does not tell."""
+    folder = tempfile.TemporaryDirectory()
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_dump_to={folder.name}"
+    return folder
+
+
+def xla_bytes(folder):
+    """Returns the temporary bytes of the program that was compiled last."""
+    files = pathlib.Path(folder.name).glob("*_step_*buffer-assignment.txt")
+    last = max(files, key=lambda file: file.stat().st_mtime_ns)
+    sizes = re.findall(r"size (\d+), preallocated-temp", last.read_text())
+    return sum(map(int, sizes))
 
 
 def xla_flops(function, *inputs):
@@ -438,6 +455,8 @@ def run_backend(args):
         import torch
 
         torch.set_num_threads(os.cpu_count())
+    if backend == "tensorflow":
+        args.xla_dump = dump_xla()
     steps = {}
     make_step = {
         "jax": jax_step,

@@ -31,6 +31,8 @@ def test_step(tmp_path):
     )
     assert set(flops) == {"floor", *methods}
     assert float(flops["floor"]) == 1
+    # Flops, megabytes, time.
+    assert re.search(r"^floor +1\.000 +\d+ +1\.00 ", run.stdout, re.MULTILINE)
     assert float(flops["VeRA 256 blocks"]) < float(flops["naive VeRA 256"])
     assert (tmp_path / "step.png").stat().st_size > 1000
 
