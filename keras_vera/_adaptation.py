@@ -162,11 +162,14 @@ def check_mergeable(model, layers):
 
 def find_bases(model):
     """Returns the parts of `model` that get frozen; see `enable_vera`."""
+    keras_hub = sys.modules.get("keras_hub")
+    # Some backbones have another one under this name.
+    if keras_hub is not None and isinstance(model, keras_hub.models.Backbone):
+        return [model]
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, keras.Layer):
         return [backbone]
-    keras_hub = sys.modules.get("keras_hub")
-    if keras_hub is None or isinstance(model, keras_hub.models.Backbone):
+    if keras_hub is None:
         return [model]
     backbones = [
         layer

@@ -284,6 +284,7 @@ _VISION = {
             "image_encoder": _part("ResNetBackbone", RESNET),
             "min_level": 2,
             "max_level": 4,
+            "use_p5": False,
         },
     ),
     "DFineBackbone": (
@@ -323,8 +324,8 @@ _VISION = {
     "SAMBackbone": (
         IMAGES
         | {
-            "points": ((BATCH, 1, 2), "float"),
-            "labels": ((BATCH, 1), "mask"),
+            "points": ((BATCH, 3, 2), "float"),
+            "labels": ((BATCH, 3), (-1, 0, 1)),
             "boxes": ((BATCH, 1, 2, 2), "float"),
             "masks": ((BATCH, 1, SIZE, SIZE, 1), "float"),
         },
@@ -557,14 +558,21 @@ _MULTIMODAL = {
     ),
     "Gemma3nBackbone": (
         {
-            "token_ids": ((1, LENGTH), VOCABULARY),
+            # An image, two frames of a clip, tokens of both vocabularies.
+            "token_ids": ((1, LENGTH), (1, 11, 12, 12, 14, 17)),
             "padding_mask": ((1, LENGTH), "bool"),
             "images": ((1, 1, 16, 16, 3), "float"),
-            "input_features": ((1, 1, 8, 16), "float"),
-            "input_features_mask": ((1, 1, 8), "bool"),
+            "input_features": ((1, 1, 16, 16), "float"),
+            "input_features_mask": ((1, 1, 16), "bool"),
         },
         {
-            "text_vocab_size": VOCABULARY,
+            "text_vocab_size": 19,
+            "image_token_id": 11,
+            "audio_token_id": 12,
+            "vision_vocab_offset": 13,
+            "vision_vocab_size": 3,
+            "audio_vocab_offset": 16,
+            "audio_vocab_size": 3,
             "text_hidden_size": 8,
             "num_hidden_layers": 2,
             "pad_token_id": 0,
@@ -601,7 +609,7 @@ _MULTIMODAL = {
                     "num_attention_heads": 2,
                     "attention_chunk_size": 2,
                     "num_attention_context_right": 1,
-                    "num_attention_context_left": 1,
+                    "num_attention_context_left": 3,
                     "attention_logit_cap": 50.0,
                     "conv_kernel_size": 3,
                     "reduction_factor": 1,
@@ -768,7 +776,7 @@ _DIFFUSION = {
             "clip_l_negative_token_ids": ((1, LENGTH), VOCABULARY),
             "clip_g_token_ids": ((1, LENGTH), VOCABULARY),
             "clip_g_negative_token_ids": ((1, LENGTH), VOCABULARY),
-            "num_steps": ((1,), "mask"),
+            "num_steps": ((1,), (2,)),
             "guidance_scale": ((1,), "float"),
         },
         {

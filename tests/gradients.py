@@ -2,6 +2,7 @@
 
 import keras
 from keras import ops
+from keras import tree
 
 
 def to_float64(tensor):
@@ -72,3 +73,53 @@ def _with_torch(layer, x, upstream):
     loss = ops.sum(ops.multiply(y, ops.cast(upstream, y.dtype)))
     trained = [v.value for v in layer.trainable_variables]
     return y.detach(), torch.autograd.grad(loss, [x, *trained])
+
+
+def squares_and_gradients(model, x, jit=True):
+    """Returns the mean square of all outputs, and its gradients.
+
+    Args:
+        model: A built model.
+        x: What it is called on, NumPy arrays.
+        jit: Boolean, whether to compile on JAX.
+
+    Returns:
+        A number, and a list with a float32 array, zeros where nothing
+        arrives, for each trainable variable.
+    """
+
+    def loss(outputs):
+        return sum(
+            ops.mean(ops.square(y))
+            for y in tree.flatten(outputs)
+            if "float" in keras.backend.standardize_dtype(y.dtype)
+        )
+
+    trained = [v.value for v in model.trainable_variables]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        frozen = [v.value for v in model.non_trainable_variables]
+
+        def function(trained, x):
+            return loss(model.stateless_call(trained, frozen, x)[0])
+
+        function = jax.value_and_grad(function)
+        function = jax.jit(function) if jit else function
+        value, gradients = function(trained, x)
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = loss(model(x))
+        gradients = tape.gradient(value, trained)
+    else:
+        import torch
+
+        value = loss(model(x))
+        gradients = torch.autograd.grad(value, trained, allow_unused=True)
+        value = value.detach()
+    return float(value), [
+        ops.convert_to_numpy(ops.zeros_like(v) if g is None else g)
+        for v, g in zip(trained, gradients)
+    ]

@@ -30,7 +30,9 @@ class _MatrixKind(VeRALayer):
 
     @property
     def kernel(self):
-        return self._shown_kernel(super().kernel)
+        if self._shows_adapter:
+            return self._shown_kernel()
+        return super().kernel
 
     def call(self, inputs, training=None):
         tokens = self._vera_layout.contraction.tokens(inputs.shape)
@@ -76,7 +78,9 @@ class EmbeddingKind(VeRALayer):
 
     @property
     def embeddings(self):
-        return self._shown_kernel(super().embeddings)
+        if self._shows_adapter:
+            return self._shown_kernel()
+        return super().embeddings
 
     def _make_contraction(self):
         vocabulary, width = kernel_shape(self)
@@ -152,7 +156,9 @@ class ConvolutionKind(VeRALayer):
 
     @property
     def kernel(self):
-        return self._shown_kernel(super().kernel)
+        if self._shows_adapter:
+            return self._shown_kernel()
+        return super().kernel
 
     def _make_contraction(self):
         *input_dims, filters = kernel_shape(self)

@@ -1,4 +1,4 @@
-import contextvars
+import threading
 from dataclasses import dataclass
 
 import keras
@@ -12,8 +12,9 @@ from keras_vera._bank_scope import rows_of
 from keras_vera._plan import choose_plan
 from keras_vera.layers._base_layer import stored_kernel
 
-# The adapted layer of which only the base layer's output is wanted.
-_base_only = contextvars.ContextVar("keras_vera_base_only", default=None)
+# Its `layer` is the adapted layer of which only the base's output is wanted.
+# (`torch.compile` follows a `threading.local`, but no `ContextVar`.)
+_base_only = threading.local()
 
 _ATTRIBUTES = (
     "vera_kernel_a",
@@ -29,6 +30,10 @@ _ATTRIBUTES = (
 )
 
 
+def _is_base_only(layer):
+    return getattr(_base_only, "layer", None) is layer
+
+
 def after_adapter(name):
     """Returns a property for what the base layer applies to its product.
 
@@ -37,7 +42,7 @@ def after_adapter(name):
     """
 
     def get(layer):
-        if _base_only.get() is layer:
+        if _is_base_only(layer):
             return None
         return _keras.stored_attribute(layer, name)
 
@@ -146,11 +151,11 @@ class VeRALayer:
         """Returns what the base layer computes before its activation."""
         is_quantized = self.quantization_mode is not None
         call = super().quantized_call if is_quantized else super().call
-        token = _base_only.set(self)
+        _base_only.layer = self
         try:
             return call(*args, **kwargs)
         finally:
-            _base_only.reset(token)
+            _base_only.layer = None
 
     def _activated(self, output, training=None):
         """Applies what comes after the adapter."""
@@ -250,18 +255,15 @@ class VeRALayer:
             self._vera_layout,
         )
 
-    def _shown_kernel(self, base):
-        """Returns the kernel for those who read it, also without a call.
+    @property
+    def _shows_adapter(self):
+        """Whether the kernel can be shown with the adapter in it."""
+        return hasattr(self, "vera_lambda_d") and self.quantization_mode is None
 
-        Args:
-            base: The kernel that the base layer shows.
-        """
-        if (
-            not hasattr(self, "vera_lambda_d")
-            or self.quantization_mode is not None
-            or _base_only.get() is self
-        ):
-            return base
+    def _shown_kernel(self):
+        """Returns the kernel for those who read it, also without a call."""
+        if _is_base_only(self):
+            return stored_kernel(self)
         if rows_of(self) is not None:
             raise ValueError(
                 f"The kernel of layer '{self.name}' is read without calling "

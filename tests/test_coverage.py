@@ -1,0 +1,224 @@
+"""Every backbone that KerasHub makes public, adapted: `docs/coverage.md`.
+
+Each row of the table is a test here. One backend runs all of them, the other
+two every third one; with COVERAGE=all in the environment a backend runs all,
+and with COVERAGE=write it also writes the table.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import warnings
+
+import backbones
+import numpy as np
+import pytest
+from backbones import ENTRIES
+from gradients import squares_and_gradients
+from helpers import adapted
+from helpers import backend
+from helpers import largest_difference
+from helpers import numpy_weights
+from helpers import spoil
+from keras import ops
+from keras import tree
+
+import keras_vera
+from keras_vera import _keras
+from keras_vera._roles import ROLES
+from keras_vera.layers._kinds import kind_of
+
+TABLE = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
+COVERAGE = os.environ.get("COVERAGE")
+MISSING = "missing its entry in `tests/backbones.py`"
+# A later KerasHub has more classes, which show up as missing.
+NAMES = sorted(
+    {*ENTRIES, *backbones.public_backbones()},
+    key=lambda name: (name in ENTRIES and ENTRIES[name].modality, name),
+)
+if not COVERAGE and backend() != "torch":
+    NAMES = NAMES[::3] if backend() == "jax" else NAMES[1::3]
+# Layers that no output depends on, so that their vectors rightly rest.
+WITHOUT_GRADIENT = {
+    "BASNetBackbone": ["conv1_conv"],
+    "DepthAnythingBackbone": ["fusion_stage_0/residual_layer1"],
+    # Its codes have a gradient while training only.
+    "RQVAEBackbone": ["encoder/"],
+    # It is read where there are no masks.
+    "SAMBackbone": ["no_mask_embed"],
+}
+# KerasHub runs it eagerly only, as it reads the sizes of images as numbers.
+NOT_COMPILED = {"Qwen3_5Backbone:vision"}
+# Which layers are built depends on the backend; the table is of JAX.
+DIFFERS_BY_BACKEND = {"SAMBackbone", "DFineBackbone"}
+HEAD = """# Coverage
+
+Every backbone class of KerasHub {version}, built tiny: how many of its layers
+each role of `targets` means, and the numbers that train with `rank=4` where
+all of them are adapted. A row passes if the adapted model starts exactly as
+the base, one step moves all vectors and nothing else, and the saved, loaded
+and merged models give the outputs of the trained one. `tests/test_coverage.py`
+checks and writes this table.
+
+{counts}
+
+| backbone | reads | {roles} | trained | |
+|---|---|{lines}|---|---|
+"""
+
+
+def outputs(model, x):
+    """Returns all outputs, computed in the same way whatever trains."""
+    with gradients_off():
+        return [
+            ops.convert_to_numpy(ops.cast(y, "float32"))
+            for y in tree.flatten(model(x, training=False))
+        ]
+
+
+def assert_same(received, expected):
+    """Asserts equality to the bit.
+
+    But on PyTorch, whose products of plain layers depend on where their
+    inputs lie in memory.
+    """
+    tolerance = 1e-4 if backend() == "torch" else 0
+    for a, b in zip(received, expected, strict=True):
+        scale = 1 + np.max(np.abs(b), initial=0)
+        assert largest_difference(a, b) <= tolerance * scale
+
+
+def gradients_off():
+    if backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def count_layers(backbone):
+    paths = _keras.structural_paths(backbone)
+    adaptable = {
+        path: layer
+        for path, layer in paths.items()
+        if kind_of(type(layer)) and layer.built
+    }
+    return {name: len(role(paths, adaptable)) for name, role in ROLES.items()}
+
+
+def cover(name, tmp_path):
+    """Goes with a backbone through all that a user does; returns its row."""
+    entry = ENTRIES[name]
+    backbone = backbones.make_backbone(entry)
+    x = backbones.make_inputs(entry)
+    base = outputs(backbone, x)
+    counts = count_layers(backbone)
+
+    if counts["attention-qv"]:
+        keras_vera.enable_vera(backbone, rank=4)
+        assert_same(outputs(backbone, x), base)
+        keras_vera.disable_vera(backbone)
+    else:
+        with pytest.raises(ValueError, match="Roles that match layers"):
+            keras_vera.enable_vera(backbone, rank=4)
+
+    targets = [
+        role for role in ("all-linear", "conv", "embedding") if counts[role]
+    ]
+    keras_vera.enable_vera(backbone, rank=4, targets=targets)
+    assert_same(outputs(backbone, x), base)
+    layers = adapted(backbone)
+    assert len(layers) == sum(counts[role] for role in targets)
+    vectors = [v for x in layers for v in (x.vera_lambda_d, x.vera_lambda_b)]
+    trainable = {id(v) for v in backbone.trainable_variables}
+    assert trainable == {id(v) for v in vectors}
+
+    spoil(backbone, scale=0.1)
+    before = numpy_weights(backbone)
+    start = outputs(backbone, x)
+    loss, gradients = squares_and_gradients(
+        backbone, x, jit=name not in NOT_COMPILED
+    )
+    assert np.isfinite(loss)
+    for variable, gradient in zip(backbone.trainable_variables, gradients):
+        variable.assign(variable - 1e-2 * gradient)
+    still = WITHOUT_GRADIENT.get(name, [])
+    resting = []
+    for weight, old in zip(backbone.weights, before):
+        moved = np.any(ops.convert_to_numpy(weight) != old)
+        if id(weight) not in trainable:
+            assert not moved, weight.path
+        elif not moved:
+            resting.append(weight.path)
+    assert not [p for p in resting if not any(s in p for s in still)], resting
+    trained = outputs(backbone, x)
+    assert any(largest_difference(a, b) > 0 for a, b in zip(trained, start))
+
+    keras_vera.save_adapter(backbone, tmp_path / "a.vera.safetensors")
+    loaded = backbones.make_backbone(entry)
+    if any(not layer.built for layer in loaded._flatten_layers()):
+        outputs(loaded, x)
+    keras_vera.load_adapter(loaded, tmp_path / "a.vera.safetensors")
+    assert_same(outputs(loaded, x), trained)
+    keras_vera.merge(backbone)
+    assert not adapted(backbone)
+    for received, expected in zip(outputs(backbone, x), trained):
+        scale = 1 + np.max(np.abs(expected), initial=0)
+        assert largest_difference(received, expected) < 1e-4 * scale
+
+    cells = [
+        f"`{name}`",
+        entry.modality,
+        *(str(counts[role] or "") for role in ROLES),
+        f"{sum(int(np.prod(v.shape)) for v in vectors):,}",
+        "pass",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.fixture(scope="module")
+def table():
+    rows = {}
+    yield rows
+    if COVERAGE == "write":
+        TABLE.write_text(render(rows))
+
+
+def render(rows):
+    import keras_hub
+
+    passed = {x.partition(":")[0] for x, row in rows.items() if "pass" in row}
+    classes = {name.partition(":")[0] for name in rows}
+    counts = (
+        f"{len(passed)} of {len(classes)} classes pass, in "
+        f"{len(rows)} configurations."
+    )
+    head = HEAD.format(
+        version=keras_hub.__version__,
+        counts=counts,
+        roles=" | ".join(ROLES),
+        lines="|".join("---" for _ in ROLES),
+    )
+    return head + "\n".join(rows.values()) + "\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backbone(name, tmp_path, table):
+    if name not in ENTRIES:
+        table[name] = f"| `{name}` |{' |' * (len(ROLES) + 2)} {MISSING} |"
+        pytest.fail(f"{name} is {MISSING}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = cover(name, tmp_path)
+    table[name] = row
+    if COVERAGE != "write" and (
+        name not in DIFFERS_BY_BACKEND or backend() == "jax"
+    ):
+        assert row in TABLE.read_text().splitlines()
+
+
+def test_readme_counts():
+    counts = re.search(r"\d+ of \d+ classes pass", TABLE.read_text())[0]
+    readme = (TABLE.parents[1] / "README.md").read_text()
+    assert counts.replace(" pass", "") in " ".join(readme.split())
