@@ -52,14 +52,22 @@ def enable_vera(
 
     Args:
         model: A built `keras.Model` or layer.
-        rank: Positive integer, the length of every `d`. Defaults to `256`.
+        rank: Positive integer, the length of every `d` for which `targets`
+            says nothing else. Defaults to `256`.
         seed: Integer in `[0, 2**64)`, makes `A` and `B`. Defaults to `0`.
-        targets: Which layers to adapt: a role (`"attention-qv"`, the query
-            and value projections, as in the paper; `"attention"`, all
-            projections of attention layers; `"all-linear"`), a layer name, a
-            regular expression that matches whole layer paths, a list of
-            these, or a function that takes a layer and returns a boolean.
-            Defaults to `"attention-qv"`.
+        targets: Which layers to adapt: a role, a layer name, a regular
+            expression that matches whole layer paths, a function that takes a
+            layer and returns a boolean, or a list of these. A dict of ranks
+            by these gives layers a rank of their own (`None` for `rank`; of
+            several that match a layer, the last one counts). The roles are
+            `"attention-qv"`, the query and value projections, as in the paper
+            (a kernel that makes query, key and value at once, as a whole);
+            `"attention"`, all projections of attention layers; `"mlp"`, the
+            linear layers that widen and narrow again; `"all-linear"`;
+            `"conv"`; and `"embedding"`, with the output projection of those
+            that are tied. Defaults to `"attention-qv"`.
+        exclude: Which of these layers to leave out, given as `targets`, but
+            not as a dict. Defaults to `None`.
         d_initial: Float other than 0, every entry of `d` at the start.
             Defaults to `0.1`.
         dropout: Float in `[0, 1)`, the rate of dropout on the inputs of the
@@ -77,8 +85,8 @@ def enable_vera(
 
     Raises:
         ValueError: If an argument makes no sense, a target matches nothing,
-            or the model is not built, has VeRA or LoRA already, or is
-            quantized. The model is then as it was.
+            or the model is not built, or has VeRA or LoRA already. The model
+            is then as it was.
 
     Example:
 

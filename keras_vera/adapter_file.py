@@ -1,3 +1,4 @@
+import math
 from importlib import metadata
 
 import keras
@@ -139,7 +140,7 @@ def load_adapter(model, filepath):
         projection, settings = _checked_settings(header, matrices, filepath)
         layers, bases = _check_base_model(model, paths, header, filepath)
         _check_kernels(layers, header, filepath)
-        _note_ranks(header, tensors)
+        _note_ranks(header, tensors, filepath)
         expected = expected_entries(paths, header, bases)
         check_entries(expected, tensors, filepath)
         _check_biases(layers, biases, filepath)
@@ -170,12 +171,22 @@ def load_adapter(model, filepath):
             layer.set_adapter_bias(biases.get(path))
 
 
-def _note_ranks(header, tensors):
+def _note_ranks(header, tensors, filepath):
     """Adds the rank of each layer to the header: the length of its d."""
-    for path, layer in header["layers"].items():
-        shape = tensors[_entry_name(path, "vera_lambda_d", ())].shape
-        narrow = len(shape) == 1 and 1 <= shape[0] < header["rank"]
-        layer["rank"] = shape[0] if narrow else header["rank"]
+    shapes = {
+        path: tensors[_entry_name(path, "vera_lambda_d", ())].shape
+        for path in header["layers"]
+    }
+    # The highest rank says how large A and B are, so a file must hold a d of
+    # that length.
+    if max(map(math.prod, shapes.values())) != header["rank"]:
+        raise AdapterFileError(
+            f"'{filepath}' is damaged: it says that its rank is "
+            f"{header['rank']}, and its vectors d have the shapes "
+            f"{sorted(set(shapes.values()))}."
+        )
+    for path, shape in shapes.items():
+        header["layers"][path]["rank"] = math.prod(shape)
 
 
 def _popped_matrices(header, tensors, filepath):

@@ -563,7 +563,7 @@ _MULTIMODAL = {
             "padding_mask": ((1, LENGTH), "bool"),
             "images": ((1, 1, 16, 16, 3), "float"),
             "input_features": ((1, 1, 16, 16), "float"),
-            "input_features_mask": ((1, 1, 16), "bool"),
+            "input_features_mask": ((1, 1, 16), 1),  # 0: no padding.
         },
         {
             "text_vocab_size": 19,

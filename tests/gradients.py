@@ -75,6 +75,38 @@ def _with_torch(layer, x, upstream):
     return y.detach(), torch.autograd.grad(loss, [x, *trained])
 
 
+def outputs(model, x, jit=True):
+    """Returns all outputs of a model, a list of float32 arrays.
+
+    Args:
+        model: A built model.
+        x: What it is called on, NumPy arrays.
+        jit: Boolean, whether to compile on JAX.
+    """
+
+    def flat(outputs):
+        return [ops.cast(y, "float32") for y in tree.flatten(outputs)]
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        with torch.no_grad():
+            received = flat(model(x, training=False))
+    elif keras.backend.backend() == "jax" and jit:
+        import jax
+
+        trained = [v.value for v in model.trainable_variables]
+        frozen = [v.value for v in model.non_trainable_variables]
+        received = jax.jit(
+            lambda trained, frozen, x: flat(
+                model.stateless_call(trained, frozen, x, training=False)[0]
+            )
+        )(trained, frozen, x)
+    else:
+        received = flat(model(x, training=False))
+    return [ops.convert_to_numpy(y) for y in received]
+
+
 def squares_and_gradients(model, x, jit=True):
     """Returns the mean square of all outputs, and its gradients.
 

@@ -171,7 +171,8 @@ def test_train_save_load_and_disable(case, mode, tmp_path):
     trained = predict(model, x)
     assert largest_difference(trained, base) > 1e-5
     keras_vera.save_adapter(model, tmp_path / "a.vera.safetensors")
-    model.save_weights(tmp_path / "a.weights.h5")
+    with pytest.warns(UserWarning, match="A quantized kernel takes no adapter"):
+        model.save_weights(tmp_path / "a.weights.h5")
 
     fresh, _ = make_model(case, mode)
     keras_vera.load_adapter(fresh, tmp_path / "a.vera.safetensors")
@@ -274,3 +275,18 @@ def test_quantizing_an_adapted_model_leaves_adapted_layers_alone():
     assert model.get_layer("other").quantization_mode == "int8"
     assert layer.quantization_mode is None
     np.testing.assert_array_equal(ops.convert_to_numpy(layer(x)), before)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4 in blocks"])
+def test_rows_of_a_bank(mode, tmp_path):
+    model, x = make_model("einsum", mode)
+    keras_vera.enable_vera(model, rank=RANK, targets="all-linear")
+    bank = keras_vera.AdapterBank(model, capacity=2)
+    expected = []
+    for i, name in enumerate("ab"):
+        spoil(model, seed=i)
+        keras_vera.save_adapter(model, tmp_path / f"{name}.vera.safetensors")
+        bank.load(name, tmp_path / f"{name}.vera.safetensors")
+        expected.append(predict(model, x)[i])
+    received = bank.predict(x[:2], adapters=["a", "b"])
+    np.testing.assert_allclose(received, np.stack(expected), atol=ROUNDING)

@@ -7,6 +7,7 @@ same name. Wrapping or patching the layer breaks one of these.
 
 import functools
 import json
+import warnings
 
 import numpy as np
 from keras import ops
@@ -62,6 +63,14 @@ class InPlaceVeRA:
     def save_own_variables(self, store):
         # `self.kernel` is the merged one, and is what Keras saves.
         super().save_own_variables(store)
+        if self.quantization_mode is not None:
+            warnings.warn(
+                "A quantized kernel takes no adapter, so this file holds the "
+                "base model for all who load it, but for a model on which "
+                "VeRA is enabled. Keep the adapter with "
+                "`keras_vera.save_adapter`.",
+                stacklevel=2,
+            )
         group = _keras.hidden_group(store, create=True)
         if group is not None:
             group["identity"] = json.dumps(self._identity())
