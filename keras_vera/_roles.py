@@ -28,6 +28,26 @@ _OUTPUT = re.compile(r"_*(attention_)?(output|out|o)(_.*)?")
 _MLP = re.compile(r"(.*_)?(mlp|ffn?|ffw|feed_?forward)(_.*)?|fc\d")
 
 
+# Layers whose owner reads their private variable, where no adapter shows: by
+# the class of the owner, and the attribute.
+_READ_PRIVATELY = {("SAM3GeometryEncoder", "cls_embed")}
+
+
+def adaptable_layers(paths):
+    """Returns the layers that VeRA can adapt, built or not, by path."""
+    return {
+        path: layer
+        for path, layer in paths.items()
+        if kind_of(type(layer)) and not _is_read_privately(path, paths)
+    }
+
+
+def _is_read_privately(path, paths):
+    owner, _, attribute = path.rpartition("/")
+    owner_class = type(paths.get(owner)).__name__
+    return (owner_class, attribute) in _READ_PRIVATELY
+
+
 def _of_classes(classes):
     def role(paths, adaptable):
         return [p for p, x in adaptable.items() if isinstance(x, classes)]

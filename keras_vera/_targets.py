@@ -6,8 +6,8 @@ import warnings
 
 from keras_vera._checks import check_integer
 from keras_vera._roles import ROLES
+from keras_vera._roles import adaptable_layers
 from keras_vera.layers._kinds import KINDS
-from keras_vera.layers._kinds import kind_of
 
 
 def resolve_targets(targets, exclude, rank, paths):
@@ -95,7 +95,7 @@ def _built(found, paths):
 
 
 def _resolve_one(argument, target, paths):
-    adaptable = {p: x for p, x in paths.items() if kind_of(type(x))}
+    adaptable = adaptable_layers(paths)
     if callable(target):
         found = [p for p, layer in adaptable.items() if target(layer)]
         what = f"the predicate {target!r}"
@@ -103,14 +103,14 @@ def _resolve_one(argument, target, paths):
         found = ROLES[target](paths, adaptable)
         what = f"the role {target!r}"
     else:
-        found = _named(argument, target, paths)
+        found = _named(argument, target, paths, adaptable)
         what = repr(target)
     if not found:
         _raise_nothing(argument, what, paths, adaptable)
     return found
 
 
-def _named(argument, target, paths):
+def _named(argument, target, paths, adaptable):
     """Returns the layers of this name or attribute, or that it matches."""
     named = [
         p
@@ -130,14 +130,15 @@ def _named(argument, target, paths):
             for p, layer in paths.items()
             if pattern.fullmatch(p) or pattern.fullmatch(layer.path or "")
         ]
-    found = [p for p in named if kind_of(type(paths[p]))]
+    found = [p for p in named if p in adaptable]
     if named and not found:
         types = sorted({type(paths[p]).__name__ for p in named})
         supported = ", ".join(c.__name__ for c in KINDS)
         raise ValueError(
             f"`{argument}` holds {target!r}, which names layers of type "
             f"{', '.join(types)}. VeRA adapts {supported} layers, and "
-            "subclasses that keep their `call`."
+            "subclasses that keep their `call`, unless a model reads their "
+            "private variables."
         )
     return found
 
