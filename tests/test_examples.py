@@ -48,6 +48,25 @@ def test_one_base_many_users(tmp_path):
     assert (folder / "user00.vera.safetensors").exists()
 
 
+@pytest.mark.parametrize("backbone", ["vit", "resnet"])
+def test_image_classification(backbone, tmp_path):
+    script = EXAMPLES / "image_classification.py"
+    sizes = "--limit 8 --pretraining_epochs 1 --epochs 1 --rank 4"
+    output = subprocess.check_output(
+        [sys.executable, script, "--backbone", backbone, *sizes.split()],
+        cwd=tmp_path,
+        text=True,
+    )
+    table = output.split("s per epoch", 1)[1]
+    for method in ("Head alone", "LoRA, rank 8", "VeRA, rank 4", "All weights"):
+        assert method in table
+    assert ("has no layer to adapt" in table) == (backbone == "resnet")
+    folder = tmp_path / "image_classification_output"
+    for picture in ("learning_curves.png", "predictions.png"):
+        assert (folder / picture).stat().st_size > 10_000
+    assert len(list(folder.glob("*.vera.safetensors"))) == 2
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_notebook_is_the_script(script):
     def cells(path):
