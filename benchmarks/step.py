@@ -143,7 +143,7 @@ def naive(backbone, targets, rank):
     """VeRA as its formula is written, with the backend's own gradients."""
     from keras import ops
 
-    def product(layer, inputs, training):
+    def call(layer, inputs, training=None):
         contraction = layer._vera_layout.contraction
         a, b_matrix = layer.projection_slices()
         d, b = layer.vera_lambda_d, layer.vera_lambda_b
@@ -152,13 +152,15 @@ def naive(backbone, targets, rank):
         )
         h = ops.matmul(contraction.input_matrix(inputs), a) * d
         z = ops.matmul(h, b_matrix) * b
-        return contraction.product(
-            inputs, ops.convert_to_tensor(layer._kernel)
-        ) + contraction.output_tensor(z, ops.shape(inputs))
+        kernel = ops.convert_to_tensor(layer._kernel)
+        y = contraction.product(inputs, kernel)
+        y = y + contraction.output_tensor(z, ops.shape(inputs))
+        y = y if layer.bias is None else y + layer.bias
+        return y if layer.activation is None else layer.activation(y)
 
     vera(backbone, targets, rank)
     for layer in target_layers(backbone, targets):
-        layer._adapted_product = types.MethodType(product, layer)
+        layer.call = types.MethodType(call, layer)
 
 
 METHODS = {

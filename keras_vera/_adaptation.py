@@ -1,6 +1,7 @@
 """What `enable_vera` does to a model, what it checks, and how to undo it."""
 
 import sys
+import warnings
 
 import keras
 
@@ -157,6 +158,40 @@ def check_mergeable(model, layers):
             "kernels again with the adapter in them would lose much of it. "
             "Keep the adapter beside the quantized base, or load the adapter "
             "into the model before quantization, merge, and then quantize."
+        )
+
+
+def warn_about_quantized_logits(model, bases):
+    """Warns where Keras gives what lies below the logits wrong gradients.
+
+    A quantized `ReversibleEmbedding` passes them through the scale of its
+    inputs only, when it makes logits.
+    """
+    keras_hub = sys.modules.get("keras_hub")
+    if keras_hub is None or not isinstance(
+        model,
+        (
+            keras_hub.models.CausalLM,
+            keras_hub.models.MaskedLM,
+            keras_hub.models.Seq2SeqLM,
+        ),
+    ):
+        return
+    quantized = [
+        layer.name
+        for base in bases
+        for layer in _keras.flatten_layers(base)
+        if isinstance(layer, keras.layers.ReversibleEmbedding)
+        and layer.quantization_mode is not None
+    ]
+    if quantized:
+        warnings.warn(
+            f"The output projection '{quantized[0]}' of '{model.name}' is "
+            "quantized, and Keras passes wrong gradients through it, so that "
+            "adapters train badly. Leave it out: `model.quantize(mode, "
+            "filters=lambda layer: not isinstance(layer, "
+            "keras.layers.ReversibleEmbedding))`.",
+            stacklevel=3,
         )
 
 

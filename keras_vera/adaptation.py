@@ -12,6 +12,7 @@ from keras_vera._adaptation import check_mergeable
 from keras_vera._adaptation import check_model
 from keras_vera._adaptation import find_bases
 from keras_vera._adaptation import restore
+from keras_vera._adaptation import warn_about_quantized_logits
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._checks import check_integer
@@ -113,6 +114,7 @@ def enable_vera(
     ranks = resolve_targets(targets, exclude, rank, paths)
     for path in ranks:
         check_layer(paths[path], path)
+    warn_about_quantized_logits(model, bases)
     Adaptation(
         projection=SharedProjection(seed, max(ranks.values()), structure),
         targets=targets,

@@ -10,6 +10,7 @@ from helpers import largest_difference
 from helpers import predict
 from helpers import spoil
 from helpers import state
+from hub_models import make_inputs
 from hub_models import make_task
 from keras import ops
 from plans import full_pair
@@ -352,6 +353,60 @@ def test_rows_of_a_bank(case, tmp_path):
     received = bank.predict(x, adapters=["a", "b"])
     np.testing.assert_allclose(received, np.stack(expected), atol=2e-5)
     assert largest_difference(received[0], predict(model, x)[0]) > 0.1
+
+
+def test_rows_of_a_bank_with_a_tied_embedding(tmp_path):
+    task = make_task("gemma")
+    keras_vera.enable_vera(task, rank=4, targets=["attention-qv", "embedding"])
+    x = make_inputs("gemma", rows=2)[0]
+    bank = keras_vera.AdapterBank(task, capacity=2)
+    expected = []
+    for i, name in enumerate("ab"):
+        file = tmp_path / f"{name}.vera.safetensors"
+        spoil(task, seed=i + 1)
+        keras_vera.save_adapter(task, file)
+        bank.load(name, file)
+        expected.append(predict(task, x)[i])
+    received = bank.predict(x, adapters=["a", "b"])
+    np.testing.assert_allclose(received, np.stack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["embedding", "same"])
+def test_dtypes(case, dtype, plan):
+    make, shape = CASES[case]
+    exact, x = make_model(case)
+    layer = make()
+    config = layer.get_config() | {"dtype": dtype}
+    model = keras.Sequential([exact.inputs[0], type(layer).from_config(config)])
+    model.set_weights(exact.get_weights())
+    for each in (exact, model):
+        keras_vera.enable_vera(each, rank=RANK, targets=".*", plan=plan)
+        spoil(each, scale=0.2)
+    assert all(v.dtype == "float32" for v in model.trainable_variables)
+    expected = predict(exact, x)
+    received = ops.convert_to_numpy(ops.cast(model(x), "float32"))
+    precision = 1e-2 if dtype == "float16" else 6e-2
+    np.testing.assert_allclose(received, expected, atol=precision)
+    # Added in float32, and rounded once.
+    base = ops.convert_to_numpy(
+        ops.cast(stored_kernel(adapted(model)[0]), "float32")
+    )
+    a, b_matrix, d, b = matrices(adapted(model)[0])
+    merged = base + ((a * d) @ b_matrix * b).reshape(base.shape)
+    keras_vera.merge(model)
+    kernel = stored_kernel(model.layers[0])
+    wanted = ops.cast(merged.astype("float32"), kernel.dtype)
+    difference = ops.abs(
+        ops.cast(kernel, "float32") - ops.cast(wanted, "float32")
+    )
+    # One step of the dtype where float32 and float64 round to either side.
+    step = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-22}
+    bound = 2 * step[kernel.dtype] * np.abs(merged) + 1e-6
+    assert np.all(ops.convert_to_numpy(difference) <= bound)
+    assert np.mean(ops.convert_to_numpy(difference) == 0) > 0.9 or (
+        kernel.dtype == "float32"
+    )
 
 
 def test_bank_refuses_to_mix_groups():

@@ -8,7 +8,8 @@ from keras import ops
 
 import keras_vera
 from keras_vera._arithmetic import Layout
-from keras_vera._arithmetic import adapted_product
+from keras_vera._arithmetic import adapter_product
+from keras_vera._arithmetic import folded_product
 from keras_vera._arithmetic import merged_kernel
 from keras_vera._plan import choose_plan
 from keras_vera._structure import Dense
@@ -61,9 +62,10 @@ def test_formula_is_that_of_peft(reference, rng):
         ops.convert_to_tensor, (a, b_matrix, d, b, x, kernel)
     )
     pair = a, b_matrix
-    for name in ("folded", "additive"):
-        plan = choose_plan(len(x), layout.structure, plan=name)
-        ours = adapted_product(inputs, weights, pair, d, b, layout, plan)
+    vectors = d, b, layout, choose_plan(len(x), layout.structure)
+    folded = folded_product(inputs, weights, pair, *vectors)
+    added = adapter_product(inputs, pair, *vectors)
+    for ours in (folded, ops.matmul(inputs, weights) + added):
         ours = ops.convert_to_numpy(ours)
         assert largest_difference(ours, expected) < 1e-5
     merged = merged_kernel(weights, pair, d, b, layout)

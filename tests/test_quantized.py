@@ -4,12 +4,15 @@ import keras
 import numpy as np
 import pytest
 from gradients import outputs_and_gradients
+from gradients import squares_and_gradients
 from helpers import adapted
 from helpers import backend
 from helpers import largest_difference
 from helpers import predict
 from helpers import spoil
 from helpers import state
+from hub_models import make_inputs
+from hub_models import make_task
 from keras import ops
 from plans import full_pair
 
@@ -290,3 +293,27 @@ def test_rows_of_a_bank(mode, tmp_path):
         expected.append(predict(model, x)[i])
     received = bank.predict(x[:2], adapters=["a", "b"])
     np.testing.assert_allclose(received, np.stack(expected), atol=ROUNDING)
+
+
+def test_gradients_below_the_logits_of_a_language_model():
+    def gradients(filters, quantize=True):
+        task, (x, _) = make_task("gemma"), make_inputs("gemma")
+        if quantize:
+            task.quantize("int8", filters=filters)
+        keras_vera.enable_vera(task, rank=4)
+        spoil(task)
+        return np.concatenate(squares_and_gradients(task, x)[1])
+
+    def is_no_table(layer):
+        return not isinstance(layer, keras.layers.ReversibleEmbedding)
+
+    expected = gradients(None, quantize=False)
+
+    def cosine(received):
+        norms = np.linalg.norm(received) * np.linalg.norm(expected)
+        return received @ expected / norms
+
+    assert cosine(gradients(is_no_table)) > 0.95
+    # As Keras has it, for every adapter; else the warning could go.
+    with pytest.warns(UserWarning, match="'token_embedding' .*filters=lambda"):
+        assert cosine(gradients(None)) < 0.95
