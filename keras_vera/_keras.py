@@ -92,9 +92,12 @@ def sub_layers(layer):
 
 def stored_attribute(layer, name):
     """Returns what an instance has under the name of a property."""
-    values = vars(layer)
     # On PyTorch, layers in attributes are kept as modules.
-    return values[name] if name in values else values["_modules"][name]
+    for values in (vars(layer), vars(layer).get("_modules", {})):
+        if name in values:
+            return values[name]
+    # TensorFlow asks for each attribute before its first value is stored.
+    raise AttributeError(f"{type(layer).__name__!r} object has no {name!r}")
 
 
 def is_training(training):

@@ -56,13 +56,18 @@ def _with_jax(layer, x, upstream):
 def _with_tensorflow(layer, x, upstream):
     import tensorflow as tf
 
-    x = tf.convert_to_tensor(x)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layer(x)
-        loss = ops.sum(ops.multiply(y, ops.cast(upstream, y.dtype)))
-    trained = [v.value for v in layer.trainable_variables]
-    return y, tape.gradient(loss, [x, *trained])
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+            loss = ops.sum(ops.multiply(y, ops.cast(upstream, y.dtype)))
+        trained = [v.value for v in layer.trainable_variables]
+        return y, tape.gradient(loss, [x, *trained])
+
+    if getattr(layer, "quantization_mode", None) == "float8":
+        # Keras' own gradient of it fails in eager mode.
+        function = tf.function(function)
+    return function(tf.convert_to_tensor(x))
 
 
 def _with_torch(layer, x, upstream):

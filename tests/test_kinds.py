@@ -180,7 +180,9 @@ def gradients_of_embedding(layer, x, upstream):
     model.compile(
         keras.optimizers.SGD(1.0),
         loss=lambda y, z: ops.sum(y * z),
-        jit_compile=False,
+        # Where the loss is linear, no gradient waits for the forward pass, and
+        # TensorFlow's graph optimizer lets updates come before it.
+        run_eagerly=True,
     )
     model.train_on_batch(x, upstream)
     return {
