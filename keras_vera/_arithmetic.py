@@ -334,7 +334,8 @@ def _vector_gradients(x, g, a, b_matrix, d, b, layout, plan, once):
             key=(layout.contraction.reading, structure.rank, structure.blocks),
             tensor=a,
         )
-        m_matrix = structure.m_of_tokens(u, g)
+        # On PyTorch, `ops.matmul` gives float32 for float64.
+        m_matrix = structure.m_of_tokens(u, ops.cast(g, u.dtype))
     return _gradients_from_m(m_matrix, b_matrix, d, b, structure)
 
 

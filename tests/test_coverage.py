@@ -1,8 +1,8 @@
 """Every backbone that KerasHub makes public, adapted: `docs/coverage.md`.
 
-Each row of the table is a test here. One backend runs all of them, the other
-two every third one; with COVERAGE=all in the environment a backend runs all,
-and with COVERAGE=write it also writes the table.
+Each row of the table is a test here, which the backends take in turn. With
+COVERAGE=all in the environment a backend runs all of them, and with
+COVERAGE=write it also writes the table.
 """
 
 import os
@@ -18,6 +18,7 @@ from gradients import outputs
 from gradients import squares_and_gradients
 from helpers import adapted
 from helpers import backend
+from helpers import in_turn
 from helpers import largest_difference
 from helpers import numpy_weights
 from helpers import spoil
@@ -35,12 +36,12 @@ TABLE = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
 COVERAGE = os.environ.get("COVERAGE")
 MISSING = "missing its entry in `tests/backbones.py`"
 # A later KerasHub has more classes, which show up as missing.
-NAMES = sorted(
-    {*ENTRIES, *backbones.public_backbones()},
-    key=lambda name: (name in ENTRIES and ENTRIES[name].modality, name),
+NAMES = in_turn(
+    sorted(
+        {*ENTRIES, *backbones.public_backbones()},
+        key=lambda name: (name in ENTRIES and ENTRIES[name].modality, name),
+    )
 )
-if not COVERAGE and backend() != "torch":
-    NAMES = NAMES[::3] if backend() == "jax" else NAMES[2::3]
 # They read the size of images, or the number of steps, as numbers.
 NOT_COMPILED = {"Qwen3_5Backbone:vision", "StableDiffusion3Backbone"}
 # On PyTorch, KerasHub needs torchvision for it.

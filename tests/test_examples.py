@@ -6,65 +6,78 @@ import sys
 
 import jupytext
 import pytest
+from helpers import in_turn
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
-def test_text_classification(tmp_path):
-    (tmp_path / "own.tsv").write_text(
+def run(script, arguments, folder):
+    """Returns what the script prints after the head of its last table."""
+    command = [sys.executable, EXAMPLES / f"{script}.py", *arguments.split()]
+    output = subprocess.check_output(command, cwd=folder, text=True)
+    return output.rpartition("accuracy")[2]
+
+
+def text_classification(folder):
+    (folder / "own.tsv").write_text(
         "".join(
             f"{label}\t{start} is about the {letter * 3} of its kind\n"
             for letter in "abcdefghijkl"
             for label, start in (("yes", "This one"), ("no", "No other"))
         )
     )
-    script = EXAMPLES / "text_classification.py"
     # The whole documentation once, two of its sentences; then own texts.
-    for arguments in (["--limit", "2"], ["--data", "own.tsv"]):
-        arguments += ["--epochs", "1", "--rank", "8"]
-        output = subprocess.check_output(
-            [sys.executable, script, *arguments], cwd=tmp_path, text=True
+    for arguments in ("--limit 2", "--data own.tsv"):
+        table = run(
+            "text_classification", f"{arguments} --epochs 1 --rank 8", folder
         )
-        table = output.split("accuracy", 1)[1]
         for method in ("Head alone", "LoRA, rank 8", "VeRA, rank 8"):
             assert method in table
-        folder = tmp_path / "text_classification_output"
-        assert (folder / "learning_curves.png").stat().st_size > 10_000
-        assert len(list(folder.glob("*.vera.safetensors"))) == 2
+        check_files(folder / "text_classification_output", "learning_curves")
 
 
-def test_one_base_many_users(tmp_path):
-    script = EXAMPLES / "one_base_many_users.py"
+def one_base_many_users(folder):
     sizes = "--users 3 --sentences 10 --epochs 1 --rank 4 --batch_size 8"
-    output = subprocess.check_output(
-        [sys.executable, script, *sizes.split()], cwd=tmp_path, text=True
-    )
-    table = output.split("mean accuracy", 1)[1]
+    table = run("one_base_many_users", sizes, folder)
     for row in ("each alone", "all mixed", "one mixed batch", "as a file"):
         assert row in table
-    folder = tmp_path / "one_base_many_users_output"
-    assert (folder / "users.png").stat().st_size > 10_000
-    assert (folder / "user00.vera.safetensors").exists()
+    check_files(folder / "one_base_many_users_output", "users", adapters=1)
 
 
-@pytest.mark.parametrize("backbone", ["vit", "resnet"])
-def test_image_classification(backbone, tmp_path):
-    script = EXAMPLES / "image_classification.py"
+def image_classification(folder, backbone="vit"):
     sizes = "--limit 8 --pretraining_epochs 1 --epochs 1 --rank 4"
-    output = subprocess.check_output(
-        [sys.executable, script, "--backbone", backbone, *sizes.split()],
-        cwd=tmp_path,
-        text=True,
+    table = run(
+        "image_classification", f"--backbone {backbone} {sizes}", folder
     )
-    table = output.split("s per epoch", 1)[1]
     for method in ("Head alone", "LoRA, rank 8", "VeRA, rank 4", "All weights"):
         assert method in table
     assert ("has no layer to adapt" in table) == (backbone == "resnet")
-    folder = tmp_path / "image_classification_output"
-    for picture in ("learning_curves.png", "predictions.png"):
-        assert (folder / picture).stat().st_size > 10_000
-    assert len(list(folder.glob("*.vera.safetensors"))) == 2
+    pictures = "learning_curves", "predictions"
+    check_files(folder / "image_classification_output", *pictures)
+
+
+def image_classification_resnet(folder):
+    image_classification(folder, "resnet")
+
+
+def check_files(folder, *pictures, adapters=2):
+    for picture in pictures:
+        assert (folder / f"{picture}.png").stat().st_size > 10_000
+    assert len(list(folder.glob("*.vera.safetensors"))) == adapters
+
+
+RUNS = [
+    one_base_many_users,
+    image_classification_resnet,
+    image_classification,
+    text_classification,
+]
+
+
+@pytest.mark.parametrize("check", in_turn(RUNS), ids=lambda x: x.__name__)
+def test_example(check, tmp_path):
+    check(tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -231,7 +231,7 @@ def test_public_layers(case, tmp_path):
     kernel = ops.convert_to_numpy(stored_kernel(layer))
     stored_kernel(plain.layers[0]).assign(kernel)
     if case != "embedding":
-        plain.layers[0].bias.assign(layer.bias)
+        plain.layers[0].bias.assign(ops.convert_to_numpy(layer.bias))
     np.testing.assert_array_equal(predict(model, x), predict(plain, x))
     spoil(model)
     expected = predict(model, x)

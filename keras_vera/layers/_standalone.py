@@ -31,8 +31,9 @@ class StandaloneVeRA:
             )
         if self.quantization_mode is not None:
             raise ValueError(
-                "`dtype` must not be a quantized one, which VeRA does not "
-                f"support yet. Received: dtype={self.dtype_policy.name}"
+                "`dtype` must not be a quantized one: quantize a plain layer, "
+                "and adapt it with `keras_vera.enable_vera`. "
+                f"Received: dtype={self.dtype_policy.name}"
             )
         if projection is None:
             projection = SharedProjection(rank=256 if rank is None else rank)
