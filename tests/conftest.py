@@ -1,3 +1,6 @@
+import collections
+import tempfile
+
 import keras
 import numpy as np
 import plans
@@ -14,6 +17,51 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
+
+BACKEND = keras.backend.backend()
+if BACKEND == "jax":
+    import jax
+
+    # Models of many tests compile to the same programs.
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="also run the tests that are other backends' in turn",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "in_turn: takes long or depends little on the backend. PyTorch, where "
+        "nothing is compiled, runs all, the other backends every third one, "
+        "unless `--all` or the name of a test is given.",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    named = any("::" in argument for argument in config.args)
+    if BACKEND == "torch" or named or config.option.all:
+        return
+    turn = ["jax", "tensorflow"].index(BACKEND)
+    numbers = collections.Counter()
+    kept, left = [], []
+    for item in items:
+        if item.get_closest_marker("in_turn"):
+            number = numbers[item.module]
+            numbers[item.module] += 1
+            if number % 3 != turn:
+                left.append(item)
+                continue
+        kept.append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True)

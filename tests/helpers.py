@@ -1,5 +1,3 @@
-import os
-
 import keras
 import numpy as np
 from keras import ops
@@ -43,14 +41,3 @@ def largest_difference(a, b):
 
 def backend():
     return keras.backend.backend()
-
-
-def in_turn(names):
-    """Returns those of `names` whose long tests this backend runs.
-
-    All on PyTorch, where nothing is compiled, and every third on each other;
-    everywhere all with COVERAGE in the environment.
-    """
-    if os.environ.get("COVERAGE") or backend() == "torch":
-        return names
-    return names[::3] if backend() == "jax" else names[2::3]

@@ -9,6 +9,8 @@ import sys
 import pytest
 from helpers import backend
 
+pytestmark = pytest.mark.in_turn
+
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 

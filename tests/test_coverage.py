@@ -1,8 +1,6 @@
 """Every backbone that KerasHub makes public, adapted: `docs/coverage.md`.
 
-Each row of the table is a test here, which the backends take in turn. With
-COVERAGE=all in the environment a backend runs all of them, and with
-COVERAGE=write it also writes the table.
+Each row of the table is a test here. `COVERAGE=write pytest --all` writes it.
 """
 
 import os
@@ -18,7 +16,6 @@ from gradients import outputs
 from gradients import squares_and_gradients
 from helpers import adapted
 from helpers import backend
-from helpers import in_turn
 from helpers import largest_difference
 from helpers import numpy_weights
 from helpers import spoil
@@ -36,11 +33,9 @@ TABLE = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
 COVERAGE = os.environ.get("COVERAGE")
 MISSING = "missing its entry in `tests/backbones.py`"
 # A later KerasHub has more classes, which show up as missing.
-NAMES = in_turn(
-    sorted(
-        {*ENTRIES, *backbones.public_backbones()},
-        key=lambda name: (name in ENTRIES and ENTRIES[name].modality, name),
-    )
+NAMES = sorted(
+    {*ENTRIES, *backbones.public_backbones()},
+    key=lambda name: (name in ENTRIES and ENTRIES[name].modality, name),
 )
 # They read the size of images, or the number of steps, as numbers.
 NOT_COMPILED = {"Qwen3_5Backbone:vision", "StableDiffusion3Backbone"}
@@ -215,6 +210,7 @@ def render(rows):
     return head + "\n".join(rows.values()) + "\n"
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", NAMES)
 def test_backbone(name, tmp_path, table):
     if name not in ENTRIES:

@@ -6,7 +6,6 @@ import sys
 
 import jupytext
 import pytest
-from helpers import in_turn
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -75,7 +74,8 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("check", in_turn(RUNS), ids=lambda x: x.__name__)
+@pytest.mark.in_turn
+@pytest.mark.parametrize("check", RUNS, ids=lambda x: x.__name__)
 def test_example(check, tmp_path):
     check(tmp_path)
 

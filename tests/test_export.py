@@ -47,6 +47,7 @@ def adapted_then_merged(model, outputs):
     return adapted
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keras_file_and_preset(family, tmp_path):
     task = make_task(family)
@@ -61,6 +62,7 @@ def test_keras_file_and_preset(family, tmp_path):
         assert largest_difference(predict(loaded, x), adapted) < ROUNDING
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", TO_TRANSFORMERS)
 def test_transformers(name, tmp_path):
     backbone = getattr(keras_hub.models, name)(**TO_TRANSFORMERS[name])

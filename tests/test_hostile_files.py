@@ -26,6 +26,8 @@ import keras_vera
 from keras_vera import AdapterFileError
 from keras_vera import _adapter_format
 
+pytestmark = pytest.mark.in_turn
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -26,6 +26,8 @@ import keras_vera
 from keras_vera._plan import choose_plan
 from keras_vera.layers import _vera_layer
 
+pytestmark = pytest.mark.in_turn
+
 # Largest difference of outputs of about 1: by rounding, and by an adapter.
 ROUNDING = 3e-5
 DIFFERENT = 1e-2

@@ -23,6 +23,8 @@ from keras import ops
 import keras_vera
 from keras_vera._peft_families import find_family
 
+pytestmark = pytest.mark.in_turn
+
 SIZES = dict(
     hidden_size=16,
     num_hidden_layers=2,

@@ -11,6 +11,8 @@ from plans import full_pair
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 
 def make_model():
     inputs = keras.Input((5, 8))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers import adapted
 from helpers import backend
-from helpers import in_turn
 from helpers import largest_difference
 from helpers import numpy_weights
 from helpers import spoil
@@ -38,7 +37,8 @@ def fit_one_step(task, case):
     task.fit(x, y, epochs=1, verbose=0)
 
 
-@pytest.mark.parametrize("name", in_turn(list(CASES)))
+@pytest.mark.in_turn
+@pytest.mark.parametrize("name", CASES)
 def test_task(name, tmp_path):
     case = CASES[name]
     task, fresh = make_task(case), make_task(case)
