@@ -26,6 +26,14 @@ DIFFERENT = 1e-2
 # What KerasHub exports to Hugging Face transformers, and reads from it.
 TO_TRANSFORMERS = {
     "GemmaBackbone": {**TEXT, **GROUPED, "head_dim": 4},
+    "Gemma3Backbone": {
+        **TEXT,
+        **GROUPED,
+        "head_dim": 4,
+        "image_size": None,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+    },
     "GPT2Backbone": {**TEXT, **HEADS, "intermediate_dim": 32},
     "Llama3Backbone": {**TEXT, **GROUPED},
     "MistralBackbone": {**TEXT, **GROUPED},
