@@ -9,11 +9,13 @@ import keras
 import numpy as np
 from keras import ops
 
-# The first dimension of a variable would be one like any other to them.
+# The first dimension of a variable would be one like any other to them, or
+# their state starts as the variable, which a new adapter changes.
 _MIXING_ROWS = (
     keras.optimizers.Adafactor,
     keras.optimizers.Lamb,
     keras.optimizers.Muon,
+    keras.optimizers.ScheduleFreeAdamW,
 )
 _MIXING_OPTIONS = (
     "clipnorm",
@@ -28,15 +30,24 @@ class TrainsRows:
 
     All trained variables have one row for each adapter. An adapter is in the
     batch if any of its numbers has a gradient other than 0. For all others,
-    variables and state stay as they are, weight decay included. As in other
-    lazy optimizers, the step count, as used by Adam's bias correction and by
-    schedules, is that of all adapters together. Row 0 is the base model and
-    never changes, so its state is that of a row that was never trained.
+    variables and state stay as they are, weight decay included. Each has its
+    own count of steps, as Adam's bias correction needs it: with one for all, a
+    rare adapter would make steps that are several times too large. Row 0 is
+    the base model and never changes, so its state is that of a row that was
+    never trained.
     """
 
     def build(self, variables):
         _check(self)
         super().build(variables)
+        self._row_iterations = self.add_variable(
+            (variables[0].shape[0],), dtype="int32", name="row_iterations"
+        )
+        for part in getattr(self, "optimizers", [self]):
+            if not isinstance(part, _CountsRows):
+                part.__class__ = _row_class(_CountsRows, type(part))
+            # Not an attribute, whose variable would be tracked again.
+            vars(part)["_counts"] = self._row_iterations
 
     def apply(self, grads, trainable_variables=None):
         if trainable_variables is None:
@@ -60,6 +71,37 @@ class TrainsRows:
             mask = ops.reshape(moving, (-1, *[1] * (len(old.shape) - 1)))
             new = ops.convert_to_tensor(variable)
             variable.assign(ops.where(mask, new, old))
+        self._row_iterations.assign_add(ops.cast(moving, "int32"))
+
+
+class _CountsRows:
+    """Before a Keras optimizer class: a step is the number of it in its row.
+
+    Schedules of the learning rate go by the steps of all rows.
+    """
+
+    _counts = None  # The variable that holds the steps of each row.
+    _row_steps = None  # These, in the shape of what is updated just now.
+
+    @property
+    def iterations(self):
+        if self._row_steps is None:
+            return super().iterations
+        return self._row_steps
+
+    def update_step(self, gradient, variable, learning_rate):
+        shape = (-1, *[1] * (len(variable.shape) - 1))
+        steps = ops.reshape(ops.convert_to_tensor(self._counts), shape)
+        vars(self)["_row_steps"] = steps
+        try:
+            super().update_step(gradient, variable, learning_rate)
+        finally:
+            del vars(self)["_row_steps"]
+
+    def _parallel_update_step(self, grads, variables, learning_rate):
+        # Keras' own for PyTorch takes one count of steps for all numbers.
+        for grad, variable in zip(grads, variables):
+            self.update_step(grad, variable, learning_rate)
 
 
 def train_rows(optimizer):
@@ -78,7 +120,7 @@ def train_rows(optimizer):
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     _check(inner)
     if not isinstance(inner, TrainsRows):
-        inner.__class__ = _row_class(type(inner))
+        inner.__class__ = _row_class(TrainsRows, type(inner))
     return optimizer
 
 
@@ -112,6 +154,7 @@ else:
 def _state_by_row(optimizer):
     """Returns the optimizer's variables that have a row for each adapter."""
     shapes = {tuple(v.shape) for v in optimizer._trainable_variables}
+    shapes.add(tuple(optimizer._row_iterations.shape))
     return [v for v in optimizer.variables if tuple(v.shape) in shapes]
 
 
@@ -119,8 +162,9 @@ def _check(optimizer):
     for part in getattr(optimizer, "optimizers", [optimizer]):
         if isinstance(part, _MIXING_ROWS):
             raise ValueError(
-                "`optimizer` must treat every number by itself, or adapters "
-                "would train each other. Use Adam, AdamW, SGD, RMSprop or the "
+                "`optimizer` must treat every number by itself, with a state "
+                "of zeros at first, or adapters would train each other. Use "
+                "Adam, AdamW, SGD, RMSprop or the "
                 f"like. Received: optimizer={type(part).__name__}"
             )
         for option in _MIXING_OPTIONS:
@@ -133,10 +177,10 @@ def _check(optimizer):
 
 
 @functools.cache
-def _row_class(plain_class):
+def _row_class(mixin, plain_class):
     namespace = {
         "__module__": plain_class.__module__,
         "__qualname__": plain_class.__qualname__,
         "__doc__": plain_class.__doc__,
     }
-    return type(plain_class.__name__, (TrainsRows, plain_class), namespace)
+    return type(plain_class.__name__, (mixin, plain_class), namespace)

@@ -24,6 +24,8 @@ from keras_vera.projection import EXPLICIT
 from keras_vera.projection import SharedProjection
 from keras_vera.projection import pair_sha256
 
+_VERSION = metadata.version("keras_vera")
+
 # What a projection is made from.
 _PAIR = ("rank", "seed", "structure")
 # The entries of a pair that no seed makes.
@@ -324,7 +326,7 @@ def make_header(model, paths):
             for path, layer in adapted.items()
         },
         "projection_sha256": pair_sha256(*_used_pair(layers)),
-        "keras_vera_version": metadata.version("keras_vera"),
+        "keras_vera_version": _VERSION,
         "keras_version": keras.version(),
     }
 
