@@ -100,6 +100,18 @@ def stored_attribute(layer, name):
     raise AttributeError(f"{type(layer).__name__!r} object has no {name!r}")
 
 
+def update_variables_one_by_one(optimizer, grads, variables, learning_rate):
+    """Makes a step by `update_step`, as Keras does on the other backends.
+
+    On PyTorch, Keras has another form of it for all variables together.
+    """
+    from keras.src.backend.torch.optimizers import torch_parallel_optimizer
+
+    together = torch_parallel_optimizer.TorchParallelOptimizer
+    step = super(together, optimizer)._backend_update_step
+    step(grads, variables, learning_rate)
+
+
 def is_training(training):
     """Returns whether the running call trains.
 

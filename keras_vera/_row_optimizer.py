@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vera import _keras
+
 # The first dimension of a variable would be one like any other to them, or
 # their state starts as the variable, which a new adapter changes.
 _MIXING_ROWS = (
@@ -40,8 +42,12 @@ class TrainsRows:
     def build(self, variables):
         _check(self)
         super().build(variables)
+        self.count_rows()
+
+    def count_rows(self):
+        rows = self._trainable_variables[0].shape[0]
         self._row_iterations = self.add_variable(
-            (variables[0].shape[0],), dtype="int32", name="row_iterations"
+            (rows,), dtype="int32", name="row_iterations"
         )
         for part in getattr(self, "optimizers", [self]):
             if not isinstance(part, _CountsRows):
@@ -77,7 +83,8 @@ class TrainsRows:
 class _CountsRows:
     """Before a Keras optimizer class: a step is the number of it in its row.
 
-    Schedules of the learning rate go by the steps of all rows.
+    Schedules of the learning rate go by the steps of all rows, and so does the
+    product of momenta that Nadam keeps.
     """
 
     _counts = None  # The variable that holds the steps of each row.
@@ -100,8 +107,9 @@ class _CountsRows:
 
     def _parallel_update_step(self, grads, variables, learning_rate):
         # Keras' own for PyTorch takes one count of steps for all numbers.
-        for grad, variable in zip(grads, variables):
-            self.update_step(grad, variable, learning_rate)
+        _keras.update_variables_one_by_one(
+            self, grads, variables, learning_rate
+        )
 
 
 def train_rows(optimizer):
@@ -121,6 +129,8 @@ def train_rows(optimizer):
     _check(inner)
     if not isinstance(inner, TrainsRows):
         inner.__class__ = _row_class(TrainsRows, type(inner))
+        if inner.built:
+            inner.count_rows()
     return optimizer
 
 
@@ -164,8 +174,8 @@ def _check(optimizer):
             raise ValueError(
                 "`optimizer` must treat every number by itself, with a state "
                 "of zeros at first, or adapters would train each other. Use "
-                "Adam, AdamW, SGD, RMSprop or the "
-                f"like. Received: optimizer={type(part).__name__}"
+                "Adam, AdamW, SGD, RMSprop or the like. "
+                f"Received: optimizer={type(part).__name__}"
             )
         for option in _MIXING_OPTIONS:
             if getattr(part, option, None):

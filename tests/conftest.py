@@ -23,7 +23,8 @@ if BACKEND == "jax":
     import jax
 
     # Models of many tests compile to the same programs.
-    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+    CACHE = tempfile.TemporaryDirectory()
+    jax.config.update("jax_compilation_cache_dir", CACHE.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

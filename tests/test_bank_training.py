@@ -70,11 +70,12 @@ def test_what_trains_is_what_the_bank_holds(files):
     assert bank.model.trainable_variables == []
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "vera"])
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adam", "adamw", "vera"])
 def test_mixed_is_alone(files, data, tmp_path, name):
     """Each adapter goes where it goes by itself, however rare it is."""
     make_optimizer = {
         "sgd": lambda: keras.optimizers.SGD(0.1),
+        "rmsprop": lambda: keras.optimizers.RMSprop(0.003, epsilon=1e-3),
         # Where the sum of a gradient is 0, rounding decides about Adam's step.
         "adam": lambda: keras.optimizers.Adam(0.01, epsilon=1e-3),
         "adamw": lambda: keras.optimizers.AdamW(0.01, 0.1, epsilon=1e-3),
@@ -169,6 +170,7 @@ def test_absent_adapters_do_not_move(files, data, name):
         for key, value in new.items():
             for row in (0, eve):
                 np.testing.assert_array_equal(value[row], old[key][row], key)
+            assert np.all(np.isfinite(value)), key
             if "classes" not in key:
                 assert np.any(value[ann] != old[key][ann]), key
 
@@ -233,6 +235,19 @@ def test_growing_keeps_moments(files, data, name):
         assert largest_difference(value, found[key]) < 1e-6, key
 
 
+def test_an_optimizer_may_be_built_before(files, data):
+    banks_ = [make_bank(files), make_bank(files)]
+    for bank, is_built in zip(banks_, (False, True)):
+        optimizer = keras.optimizers.Adam(0.01)
+        if is_built:
+            optimizer.build(bank.model.trainable_variables)
+        compile_bank(bank, optimizer)
+        step(bank, data, MIXED)
+    expected, found = map(stacks, banks_)
+    for key, value in expected.items():
+        assert largest_difference(value, found[key]) < 1e-6, key
+
+
 def test_vectors_and_heads_have_their_own_rates(files, data):
     bank = make_bank(files)
     rates = {"vectors": 1e-2, "rest": 1e-4}
@@ -257,6 +272,7 @@ def test_vectors_and_heads_have_their_own_rates(files, data):
     [
         (lambda: keras.optimizers.Lamb(), "Lamb"),
         (lambda: keras.optimizers.Adafactor(), "Adafactor"),
+        (lambda: keras.optimizers.ScheduleFreeAdamW(), "ScheduleFreeAdamW"),
         (lambda: keras.optimizers.Adam(clipnorm=1.0), "clipnorm=1.0"),
         (
             lambda: keras.optimizers.SGD(gradient_accumulation_steps=2),
