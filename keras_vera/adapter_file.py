@@ -53,9 +53,9 @@ def save_adapter(model, filepath, dtype="float32"):
 
     Raises:
         ValueError: If the model is not adapted, if its kernels hold another
-            adapter from a weights file, if `model.trainable` is `False`, if
-            a number is not finite (in `dtype`), or if an argument makes no
-            sense.
+            adapter from a weights file, if state of its base has moved, if
+            `model.trainable` is `False`, if a number is not finite (in
+            `dtype`), or if an argument makes no sense.
         keras_vera.AdapterFileError: If the file cannot be written. An older
             file is then as it was.
 
@@ -76,6 +76,7 @@ def save_adapter(model, filepath, dtype="float32"):
             "`model.trainable = True` before saving."
         )
     _keras.synchronize(model)
+    _adaptation.check_base_is_unmoved(model, layers)
     paths = _keras.structural_paths(model)
     tensors = {
         name: as_array(name, variable, dtype)
