@@ -12,6 +12,7 @@ from keras_vera.layers._in_place import adapt_layer
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._in_place import restore_layer
 from keras_vera.layers._kinds import kind_of
+from keras_vera.layers._kinds import reason_against
 
 
 class Adaptation:
@@ -109,17 +110,18 @@ def check_model(model):
 def check_layer(layer, path):
     """Raises unless `layer`, a target, can be adapted."""
     what = f"The layer '{layer.name}' at '{path}'"
-    kind = kind_of(type(layer))
-    if kind is None:
+    reason = reason_against(layer)
+    if reason is not None:
         raise ValueError(
-            f"{what} is a {type(layer).__name__}, which VeRA cannot adapt."
+            f"{what} is a {type(layer).__name__}, which VeRA cannot adapt: "
+            f"{reason}. Leave it out of `targets`."
         )
     if not layer.built:
         raise ValueError(
             f"{what} is not built. Call the model on a batch of data first, "
             "or leave this layer out of `targets`."
         )
-    kind._make_contraction(layer)
+    kind_of(type(layer))._make_contraction(layer)
 
 
 def check_mergeable(model, layers):

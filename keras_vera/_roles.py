@@ -8,7 +8,9 @@ import re
 
 import keras
 
-from keras_vera.layers._kinds import kind_of
+from keras_vera.layers._kinds import KINDS
+from keras_vera.layers._kinds import family_of
+from keras_vera.layers._kinds import reason_against
 
 _LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 _CONVOLUTION = (
@@ -38,7 +40,16 @@ def adaptable_layers(paths):
     return {
         path: layer
         for path, layer in paths.items()
-        if kind_of(type(layer)) and not _is_read_privately(path, paths)
+        if reason_against(layer) is None and not _is_read_privately(path, paths)
+    }
+
+
+def refused_layers(paths):
+    """Returns the layers that only their subclass keeps from VeRA, by path."""
+    return {
+        path: layer
+        for path, layer in paths.items()
+        if family_of(type(layer)) and reason_against(layer) is not None
     }
 
 
@@ -142,7 +153,7 @@ def _projection(names):
 
 
 def _sizes(layer):
-    contraction = kind_of(type(layer))._make_contraction(layer)
+    contraction = KINDS[family_of(type(layer))]._make_contraction(layer)
     return contraction.m, contraction.n
 
 

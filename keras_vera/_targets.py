@@ -7,7 +7,8 @@ import warnings
 from keras_vera._checks import check_integer
 from keras_vera._roles import ROLES
 from keras_vera._roles import adaptable_layers
-from keras_vera.layers._kinds import KINDS
+from keras_vera._roles import refused_layers
+from keras_vera.layers._kinds import reason_against
 
 
 def resolve_targets(targets, exclude, rank, paths):
@@ -38,20 +39,38 @@ def resolve_targets(targets, exclude, rank, paths):
         ranks = dict.fromkeys(_listed("targets", targets), rank)
     if not ranks:
         _raise_no_target("targets", targets)
-    found = {}
+    found, left = {}, set()
     for target, own in ranks.items():
-        for path in _resolve_one("targets", target, paths):
-            found[path] = own
+        matched, refused = _resolve_one("targets", target, paths)
+        found.update(dict.fromkeys(matched, own))
+        left.update(refused)
     excluded = set()
     for target in [] if exclude is None else _listed("exclude", exclude):
-        excluded.update(_resolve_one("exclude", target, paths))
+        for matched in _resolve_one("exclude", target, paths):
+            excluded.update(matched)
     found = {p: found[p] for p in paths if p in found and p not in excluded}
     if not found:
         raise ValueError(
             f"`exclude` leaves nothing of `targets`. Received: "
             f"targets={targets!r}, exclude={exclude!r}"
         )
-    return _built(found, paths)
+    found = _built(found, paths)
+    _warn_about([p for p in paths if p in left - excluded], paths)
+    return found
+
+
+def _warn_about(refused, paths):
+    """Says which layers a target means and VeRA cannot adapt."""
+    if refused:
+        first = paths[refused[0]]
+        warnings.warn(
+            f"{len(refused)} layers that `targets` matches cannot be adapted "
+            f"and stay as they are: {', '.join(refused[:5])}"
+            f"{', ...' if len(refused) > 5 else ''}. The first is a "
+            f"{type(first).__name__}: {reason_against(first)}. Name them in "
+            "`exclude` if that is as you want it.",
+            stacklevel=4,
+        )
 
 
 def _listed(name, targets):
@@ -95,22 +114,43 @@ def _built(found, paths):
 
 
 def _resolve_one(argument, target, paths):
-    adaptable = adaptable_layers(paths)
+    """Returns the paths that a target means, and those that it would mean.
+
+    The latter are of subclasses that VeRA cannot adapt. To leave them out,
+    they may be named alone.
+    """
+    adaptable, refused = adaptable_layers(paths), refused_layers(paths)
     if callable(target):
         found = [p for p, layer in adaptable.items() if target(layer)]
+        left = [p for p, layer in refused.items() if target(layer)]
         what = f"the predicate {target!r}"
     elif target in ROLES:
         found = ROLES[target](paths, adaptable)
+        left = _in_role(target, paths, adaptable, refused)
         what = f"the role {target!r}"
     else:
-        found = _named(argument, target, paths, adaptable)
+        found, left = _named(argument, target, paths, adaptable, refused)
         what = repr(target)
-    if not found:
-        _raise_nothing(argument, what, paths, adaptable)
-    return found
+    if found or (left and argument == "exclude"):
+        return found, left
+    if left:
+        _raise_refused(argument, what, left, paths)
+    _raise_nothing(argument, what, paths, adaptable)
 
 
-def _named(argument, target, paths, adaptable):
+def _in_role(role, paths, adaptable, refused):
+    """Returns the refused layers that play a role."""
+    if not refused:
+        return []
+    try:
+        members = ROLES[role](paths, {**adaptable, **refused})
+    except Exception:
+        # A subclass may have a kernel that cannot be told the shape of.
+        return []
+    return [p for p in members if p in refused]
+
+
+def _named(argument, target, paths, adaptable, refused):
     """Returns the layers of this name or attribute, or that it matches."""
     named = [
         p
@@ -131,16 +171,23 @@ def _named(argument, target, paths, adaptable):
             if pattern.fullmatch(p) or pattern.fullmatch(layer.path or "")
         ]
     found = [p for p in named if p in adaptable]
-    if named and not found:
-        types = sorted({type(paths[p]).__name__ for p in named})
-        supported = ", ".join(c.__name__ for c in KINDS)
-        raise ValueError(
-            f"`{argument}` holds {target!r}, which names layers of type "
-            f"{', '.join(types)}. VeRA adapts {supported} layers, and "
-            "subclasses that keep their `call`, unless a model reads their "
-            "private variables."
-        )
-    return found
+    left = [p for p in named if p in refused]
+    if named and not found and not (left and argument == "exclude"):
+        _raise_refused(argument, repr(target), named, paths)
+    return found, left
+
+
+def _raise_refused(argument, what, named, paths):
+    types = sorted({type(paths[p]).__name__ for p in named})
+    reasons = [reason_against(paths[p]) for p in named]
+    reason = next((x for x in reasons if x), None)
+    if reason is None:
+        reason = "the model reads their private variables"
+    raise ValueError(
+        f"`{argument}` holds {what}, which names layers of type "
+        f"{', '.join(types)}. VeRA cannot adapt {', '.join(named[:5])}"
+        f"{', ...' if len(named) > 5 else ''}: {reason}."
+    )
 
 
 def _raise_nothing(argument, what, paths, adaptable):

@@ -15,6 +15,7 @@ from keras_vera._arithmetic import lookup_product
 from keras_vera._arithmetic import reverse_lookup_product
 from keras_vera._bank_scope import rows_of
 from keras_vera.layers._base_layer import kernel_shape
+from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._contraction import Contraction
 from keras_vera.layers._contraction import count_tokens
 from keras_vera.layers._contraction import dense_contraction
@@ -241,16 +242,105 @@ KINDS = {
 }
 
 
+# What a subclass may give another meaning without changing what the product
+# is: how a layer is made, described, saved and masked.
+_HARMLESS = {
+    "__init__",
+    "build",
+    "build_from_config",
+    "get_build_config",
+    "get_config",
+    "from_config",
+    "save_own_variables",
+    "load_own_variables",
+    "_check_load_own_variables",
+    "variable_serialization_spec",
+    "get_weights",
+    "set_weights",
+    "count_params",
+    "compute_mask",
+    "supports_masking",
+    "compute_output_shape",
+    "compute_output_spec",
+    "losses",
+    "metrics",
+    "add_loss",
+    "add_metric",
+    "enable_lora",
+    "quantize",
+    "_api_export_path",
+    "_api_export_symbol_id",
+}
+# Of the names with two underscores, those that can.
+_REACHING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+# Variables that Keras keeps in instances.
+_STORED = {"_kernel", "_embeddings", "quantized_kernel"}
+
+
+def family_of(layer_class):
+    """Returns the Keras class that a layer class is made from, or `None`."""
+    for keras_class in KINDS:
+        if issubclass(layer_class, keras_class):
+            return keras_class
+    return None
+
+
 def kind_of(layer_class):
     """Returns the mixin that adapts layers of `layer_class`, or `None`.
 
-    A subclass with a `call` of its own computes something else than its base
-    class, so its adapted form is unknown.
+    A subclass that overrides what the product goes through computes something
+    else than its Keras class, so its adapted form is unknown.
     """
-    for keras_class, mixin in KINDS.items():
-        if (
-            issubclass(layer_class, keras_class)
-            and layer_class.call is keras_class.call
-        ):
-            return mixin
+    keras_class = family_of(layer_class)
+    if keras_class is None or _overridden(layer_class, keras_class):
+        return None
+    return KINDS[keras_class]
+
+
+def reason_against(layer):
+    """Returns why VeRA cannot adapt a layer, for messages, or `None`."""
+    layer_class = type(layer)
+    keras_class = family_of(layer_class)
+    if keras_class is None:
+        supported = ", ".join(x.__name__ for x in KINDS)
+        return f"VeRA adapts {supported} layers, and subclasses of them"
+    names = _overridden(layer_class, keras_class)
+    # Keras itself puts some of its methods into every layer.
+    names += [
+        name
+        for name in vars(layer)
+        if hasattr(keras_class, name) and name not in _HARMLESS
+    ]
+    if names:
+        return (
+            f"it overrides {', '.join(f'`{name}`' for name in names)} of "
+            f"`keras.layers.{keras_class.__name__}`, so that VeRA cannot know "
+            "what it computes with an adapted kernel"
+        )
+    if layer.built and not isinstance(stored_kernel(layer), keras.Variable):
+        return "its kernel is not a `keras.Variable`"
     return None
+
+
+def _overridden(layer_class, keras_class):
+    """Returns what a subclass changes of what its product goes through."""
+    own = {}
+    for parent in layer_class.__mro__:
+        is_keras = parent in keras_class.__mro__
+        for name in vars(parent):
+            own.setdefault(name, not is_keras)
+    return sorted(
+        name
+        for name, is_own in own.items()
+        if is_own
+        and name not in _HARMLESS
+        and (
+            name in _REACHING
+            or name in _STORED
+            or (hasattr(keras_class, name) and not _is_special(name))
+        )
+    )
+
+
+def _is_special(name):
+    return name.startswith("__") and name.endswith("__")

@@ -1,3 +1,4 @@
+import inspect
 import threading
 from dataclasses import dataclass
 
@@ -41,13 +42,30 @@ def after_adapter(name):
     adapter comes before it.
     """
 
+    def of_class(layer):
+        """A subclass may have it as a property, or for all of its layers."""
+        plain_class = getattr(layer, "vera_plain_class", None)
+        if not hasattr(plain_class, name):
+            return None
+        return inspect.getattr_static(plain_class, name)
+
     def get(layer):
         if _is_base_only(layer):
             return None
+        shared = of_class(layer)
+        if hasattr(shared, "__set__") or (
+            shared is not None and name not in vars(layer)
+        ):
+            is_bound = hasattr(shared, "__get__")
+            return shared.__get__(layer, type(layer)) if is_bound else shared
         return _keras.stored_attribute(layer, name)
 
     def set(layer, value):
-        vars(layer)[name] = value
+        shared = of_class(layer)
+        if hasattr(shared, "__set__"):
+            shared.__set__(layer, value)
+        else:
+            vars(layer)[name] = value
 
     return property(get, set)
 
