@@ -472,6 +472,26 @@ def test_lora_on_an_adapted_layer_is_refused():
     assert state(model) == before
 
 
+def test_weights_of_a_layer_are_in_the_order_of_the_plain_one(x):
+    model, plain = sequential(), sequential()
+    keras_vera.enable_vera(model, rank=3, targets="first")
+    layer, same = model.layers[0], plain.layers[0]
+    for listed in (layer.weights, layer.variables):
+        assert listed[0] is layer._kernel and listed[1] is layer.bias
+        assert [v.name for v in listed[2:]] == [
+            "vera_lambda_d",
+            "vera_lambda_b",
+            "vera_kernel_a",
+            "vera_kernel_b",
+        ]
+    same.set_weights(layer.get_weights()[:2])
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(same(x)), ops.convert_to_numpy(layer(x))
+    )
+    layer.set_weights(layer.get_weights())
+    assert trainable_ids(layer) == vector_ids(model)
+
+
 def test_kernel_shows_the_adapter(x):
     model = sequential()
     keras_vera.enable_vera(model, rank=3, targets="first")

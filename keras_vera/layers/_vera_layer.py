@@ -17,11 +17,14 @@ from keras_vera.layers._base_layer import stored_kernel
 # (`torch.compile` follows a `threading.local`, but no `ContextVar`.)
 _base_only = threading.local()
 
-_ATTRIBUTES = (
+_VARIABLES = (
     "vera_kernel_a",
     "vera_kernel_b",
     "vera_lambda_d",
     "vera_lambda_b",
+)
+_ATTRIBUTES = (
+    *_VARIABLES,
     "projection",
     "vera_output_offset",
     "_vera_settings",
@@ -149,6 +152,19 @@ class VeRALayer:
         for name in _ATTRIBUTES:
             if name in self.__dict__:
                 _keras.remove_attribute(self, name)
+
+    @property
+    def weights(self):
+        return self._plain_first(super().weights)
+
+    @property
+    def variables(self):
+        return self._plain_first(super().variables)
+
+    def _plain_first(self, variables):
+        """Puts the adapter behind what the plain layer has, in its order."""
+        adapter = {id(vars(self).get(name)) for name in _VARIABLES}
+        return sorted(variables, key=lambda v: id(v) in adapter)
 
     def quantized_call(self, inputs, *args, **kwargs):
         # Keras calls this instead of `call` where the base is quantized.
