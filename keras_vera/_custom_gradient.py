@@ -74,25 +74,66 @@ if _BACKEND == "jax":
         return jax.lax.optimization_barrier((tensor, after))[0]
 
 elif _BACKEND == "tensorflow":
+    import weakref
+
     import tensorflow as tf
+
+    # Not public. What is relied on, in TensorFlow 2.21, is its dict of
+    # entries, and that `tf.custom_gradient` makes an operation in a graph of
+    # its results and its arguments.
+    from tensorflow.python.framework.ops import gradient_registry
 
     def _call(function, trained, frozen):
         wanted = (True,) * len(trained)
+
+        def gradients(upstream, kept, tensors):
+            found = function.backward(
+                upstream, wanted, kept, _compute, *tensors
+            )
+            return *found, *[None] * (len(tensors) - len(wanted))
 
         @tf.custom_gradient
         def call(*tensors):
             output, kept = function.forward(wanted, *tensors)
 
-            def backward(upstream):
-                gradients = function.backward(
-                    upstream, wanted, kept, _compute, *tensors
-                )
-                return *gradients, *[None] * len(frozen)
+            def backward(upstream, *of_kept):
+                return gradients(upstream, kept, tensors)
 
-            return output, backward
+            return (output, *kept), backward
 
         # A variable in the arguments would be taken for one in the function.
-        return call(*map(tf.convert_to_tensor, trained + frozen))
+        tensors = [tf.convert_to_tensor(x) for x in (*trained, *frozen)]
+        output, *kept = call(*tensors)
+        if not tf.executing_eagerly():
+            _free_with_graph(output, gradients, len(kept))
+        return output
+
+    def _free_with_graph(output, gradients, kept):
+        """Replaces what TensorFlow has registered as a gradient in a graph.
+
+        It does so for ever, under a new name in each trace, and holds all
+        tensors of the graph, and with them the variables of the model. What
+        takes its place finds them in the operation, and goes with the graph.
+        """
+        name = output.op.get_attr("_gradient_op_type").decode()
+        operation, graph = output.op.name, weakref.ref(output.graph)
+        registered = gradient_registry._registry
+        del registered[name]
+
+        @tf.RegisterGradient(name)
+        def gradient(op, upstream, *of_others):
+            if op is None:
+                # A SavedModel is written.
+                op = graph().get_operation_by_name(operation)
+            # Its inputs: the output, what is kept, and the arguments.
+            first = 1 + kept
+            tensors = op.inputs[first:]
+            found = gradients(upstream, op.inputs[1:first], tensors)
+            return *[None] * first, *found
+
+        weakref.finalize(
+            output.graph, registered.pop, name, None
+        ).atexit = False
 
     def computed_again(tensor, after):
         with tf.control_dependencies([after]):
