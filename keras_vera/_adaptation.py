@@ -91,6 +91,12 @@ def check_model(model):
             f"`model` must be built. Received: model '{model.name}', which is "
             "not. Call it on a batch of data, or call `model.build()`, first."
         )
+    if _keras.is_in_other_strategy(model):
+        raise ValueError(
+            f"`model` must be made in the `scope()` of the `tf.distribute` "
+            f"strategy in which it is adapted. Received: model '{model.name}', "
+            "made elsewhere. Leave the scope, or make the model in it."
+        )
     layers = _keras.flatten_layers(model)
     if any(is_adapted(layer) for layer in layers):
         raise ValueError(

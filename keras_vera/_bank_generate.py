@@ -73,6 +73,7 @@ def _make_stand_in(model):
     stand_in.__dict__.update(model.__dict__)
     # Those of the model know no rows.
     stand_in.__dict__.update(dict.fromkeys(_keras.COMPILED))
+    _keras.remember_model(stand_in)
     return stand_in
 
 

@@ -257,7 +257,10 @@ class BankModel(keras.Model):
         """Adds slots; adapters and the optimizer's state for them stay."""
         _keras.synchronize(self)
         optimizer = getattr(self, "optimizer", None)
-        state = list(optimizer.variables) if optimizer is not None else []
+        was_built = getattr(optimizer, "built", False) and self.compiled
+        state = optimizer.variables if was_built else []
+        # The optimizer starts again, with some of these variables.
+        state = [ops.copy(ops.convert_to_tensor(v)) for v in state]
         old, slots = self.slots, capacity + 1
         classes = ops.convert_to_numpy(self._classes)
         classes = np.concatenate([classes, np.zeros(slots - old, "int32")])
@@ -274,7 +277,7 @@ class BankModel(keras.Model):
                 self._stacks[name] = grown
         self._post_build()
         _keras.reset_compiled([self])
-        if getattr(optimizer, "built", False) and self.compiled:
+        if was_built:
             train_rows(self.optimizer)
             self.optimizer.build(self.trainable_variables)
             for before, after in zip(state, self.optimizer.variables):

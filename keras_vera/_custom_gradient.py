@@ -28,7 +28,8 @@ def call_with_gradient(function, trained, frozen):
             returns a gradient for each of `trained`. `wanted` has a boolean
             for each of `trained`; a gradient that is not wanted may be `None`.
             `once(compute, key, tensor)` returns `compute()`, or what another
-            call with the same first tensor had for the same key and tensor.
+            call with the same first tensor had for the same key and tensor in
+            this backward pass.
         trained: Tuple of tensors that are differentiated.
         frozen: Tuple of tensors that count as constants.
 
@@ -73,25 +74,66 @@ if _BACKEND == "jax":
         return jax.lax.optimization_barrier((tensor, after))[0]
 
 elif _BACKEND == "tensorflow":
+    import weakref
+
     import tensorflow as tf
+
+    # Not public. What is relied on, in TensorFlow 2.21, is its dict of
+    # entries, and that `tf.custom_gradient` makes an operation in a graph of
+    # its results and its arguments.
+    from tensorflow.python.framework.ops import gradient_registry
 
     def _call(function, trained, frozen):
         wanted = (True,) * len(trained)
+
+        def gradients(upstream, kept, tensors):
+            found = function.backward(
+                upstream, wanted, kept, _compute, *tensors
+            )
+            return *found, *[None] * (len(tensors) - len(wanted))
 
         @tf.custom_gradient
         def call(*tensors):
             output, kept = function.forward(wanted, *tensors)
 
-            def backward(upstream):
-                gradients = function.backward(
-                    upstream, wanted, kept, _compute, *tensors
-                )
-                return *gradients, *[None] * len(frozen)
+            def backward(upstream, *of_kept):
+                return gradients(upstream, kept, tensors)
 
-            return output, backward
+            return (output, *kept), backward
 
         # A variable in the arguments would be taken for one in the function.
-        return call(*map(tf.convert_to_tensor, trained + frozen))
+        tensors = [tf.convert_to_tensor(x) for x in (*trained, *frozen)]
+        output, *kept = call(*tensors)
+        if not tf.executing_eagerly():
+            _free_with_graph(output, gradients, len(kept))
+        return output
+
+    def _free_with_graph(output, gradients, kept):
+        """Replaces what TensorFlow has registered as a gradient in a graph.
+
+        It does so for ever, under a new name in each trace, and holds all
+        tensors of the graph, and with them the variables of the model. What
+        takes its place finds them in the operation, and goes with the graph.
+        """
+        name = output.op.get_attr("_gradient_op_type").decode()
+        operation, graph = output.op.name, weakref.ref(output.graph)
+        registered = gradient_registry._registry
+        del registered[name]
+
+        @tf.RegisterGradient(name)
+        def gradient(op, upstream, *of_others):
+            if op is None:
+                # A SavedModel is written.
+                op = graph().get_operation_by_name(operation)
+            # Its inputs: the output, what is kept, and the arguments.
+            first = 1 + kept
+            tensors = op.inputs[first:]
+            found = gradients(upstream, op.inputs[1:first], tensors)
+            return *[None] * first, *found
+
+        weakref.finalize(
+            output.graph, registered.pop, name, None
+        ).atexit = False
 
     def computed_again(tensor, after):
         with tf.control_dependencies([after]):
@@ -99,48 +141,84 @@ elif _BACKEND == "tensorflow":
 
 else:
     import threading
-    import weakref
 
     import torch
 
-    class _Shared:
-        """What the layers that read one tensor share in the backward pass.
+    class _LastInput:
+        """What was computed in one backward pass from the last layer input.
 
-        It lives with their graph, and drops its results when all have run.
+        The layers that share an input, such as query, key and value, follow
+        each other in the backward pass as well. It holds the tensors, so that
+        none can take the place of one that is gone in memory, and lets go of
+        them when the pass ends.
         """
 
-        def __init__(self):
-            self.readers = 0
-            self.results = {}
+        def __init__(self, task):
+            self.task = task
+            self.forget()
 
-        def once(self, compute, key, tensor):
-            key = key, tensor.data_ptr()
+        def forget(self):
+            self.id, self.x, self.results = None, None, {}
+
+        def once(self, compute, key, x, tensor):
+            if self.id != _id_of(x):
+                self.id, self.x, self.results = _id_of(x), x, {}
+            key = key, _id_of(tensor)
             if key not in self.results:
-                self.results[key] = compute()
-            return self.results[key]
+                self.results[key] = compute(), tensor
+            return self.results[key][0]
 
-        def done(self):
-            self.readers -= 1
-            if self.readers <= 0:
-                self.results.clear()
+    _thread = threading.local()
 
-    # The layers that share an input, such as query, key and value, follow
-    # each other, so that the last input is all that has to be remembered.
-    _last = threading.local()
+    def _once(compute, key, x, tensor):
+        """Shares within one backward pass, and never outside it.
 
-    def _shared_by_readers_of(x):
-        reference = getattr(_last, "reference", None)
-        if reference is None or reference() is not x:
-            _last.reference, _last.shared = weakref.ref(x), _Shared()
-        return _last.shared
+        A pass uses the saved tensors as they are when it runs, and PyTorch
+        raises where one was changed since the forward pass.
+        """
+        # A compiled program finds by itself what was computed before;
+        # gradients of gradients go to each layer's own x.
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or not (_lies_in_memory(x) and _lies_in_memory(tensor))
+        ):
+            return compute()
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return compute()
+        last = getattr(_thread, "last", None)
+        if last is None or last.task != task:
+            last = _thread.last = _LastInput(task)
+            torch.autograd.Variable._execution_engine.queue_callback(
+                last.forget
+            )
+        return last.once(compute, key, x, tensor)
+
+    def _lies_in_memory(tensor):
+        # Not so for those of a program that is being made.
+        return (
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.layout == torch.strided
+            and tensor.data_ptr() != 0
+        )
+
+    def _id_of(tensor):
+        return (
+            tensor.data_ptr(),
+            tensor._version,
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor.device,
+        )
 
     class _Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, function, shared, count, *tensors):
-            wanted = ctx.needs_input_grad[3 : 3 + count]
+        def forward(ctx, function, count, *tensors):
+            wanted = ctx.needs_input_grad[2 : 2 + count]
             output, kept = function.forward(wanted, *tensors)
             ctx.function = function
-            ctx.shared = shared
             ctx.count = count
             ctx.tensors = len(tensors)
             ctx.save_for_backward(*tensors, *kept)
@@ -153,15 +231,16 @@ else:
             if torch.is_grad_enabled():
                 # What was kept is a constant to gradients of gradients.
                 kept = ()
-            wanted = ctx.needs_input_grad[3 : 3 + ctx.count]
-            once = _compute if ctx.shared is None else ctx.shared.once
+            wanted = ctx.needs_input_grad[2 : 2 + ctx.count]
+
+            def once(compute, key, tensor):
+                return _once(compute, key, tensors[0], tensor)
+
             gradients = ctx.function.backward(
                 upstream, wanted, kept, once, *tensors
             )
-            if ctx.shared is not None:
-                ctx.shared.done()
             rest = [None] * (ctx.tensors - ctx.count)
-            return None, None, None, *gradients, *rest
+            return None, None, *gradients, *rest
 
     def _call(function, trained, frozen):
         if torch._C._are_functorch_transforms_active():
@@ -169,14 +248,7 @@ else:
             # forward pass by itself.
             wanted = (False,) * len(trained)
             return function.forward(wanted, *trained, *frozen)[0]
-        shared = None
-        # A compiled program finds by itself what was computed before.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            shared = _shared_by_readers_of(trained[0])
-            shared.readers += 1
-        return _Function.apply(
-            function, shared, len(trained), *trained, *frozen
-        )
+        return _Function.apply(function, len(trained), *trained, *frozen)
 
     def computed_again(tensor, after):
         return tensor

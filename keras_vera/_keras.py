@@ -5,8 +5,11 @@ release of Keras that changes it breaks this file alone.
 """
 
 import contextlib
+import copy
+import functools
 import gc
 import sys
+import weakref
 
 import keras
 from keras.src import backend
@@ -122,6 +125,30 @@ def update_variables_one_by_one(optimizer, grads, variables, learning_rate):
     together = torch_parallel_optimizer.TorchParallelOptimizer
     step = super(together, optimizer)._backend_update_step
     step(grads, variables, learning_rate)
+
+
+def _allow_that_nothing_decays():
+    """Lets optimizers exclude all that trains from weight decay.
+
+    On PyTorch, Keras' own method fails for an empty list, which it has where
+    the vectors are excluded and nothing else trains.
+    """
+    from keras.src.backend.torch.optimizers import torch_optimizer
+
+    cls = torch_optimizer.TorchOptimizer
+    apply_plain = cls._apply_weight_decay
+
+    @functools.wraps(apply_plain)
+    def apply(optimizer, variables):
+        variables = [v for v in variables if optimizer._use_weight_decay(v)]
+        if variables:
+            apply_plain(optimizer, variables)
+
+    cls._apply_weight_decay = apply
+
+
+if keras.backend.backend() == "torch":
+    _allow_that_nothing_decays()
 
 
 def is_training(training):
@@ -258,6 +285,35 @@ def new_state_allowed(layer):
             layer._tracker.lock()
 
 
+def strategy_of(layer):
+    """Returns the `tf.distribute` strategy that made a layer, or `None`."""
+    if keras.backend.backend() != "tensorflow" or not layer.variables:
+        return None
+    variable = layer.variables[0].value
+    strategy = getattr(variable, "distribute_strategy", None)
+    # What TensorFlow has where there is no strategy is one as well.
+    is_default = type(strategy).__name__ == "_DefaultDistributionStrategy"
+    return None if is_default else strategy
+
+
+def strategy_scope(layer):
+    """Makes variables where those of `layer` are, as TensorFlow demands."""
+    strategy = strategy_of(layer)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def is_in_other_strategy(layer):
+    """Says whether `tf.distribute` is active, but not for this layer."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return (
+        tf.distribute.has_strategy()
+        and tf.distribute.get_strategy() is not strategy_of(layer)
+    )
+
+
 def remove_attribute(layer, name):
     """Removes an attribute, and the variable or seed generator it holds.
 
@@ -275,38 +331,178 @@ def reset_compiled(layers):
     """Makes every living model that holds one of `layers` trace afresh.
 
     Compiled functions have the old layers and the old set of trainable
-    variables baked in; so has a built optimizer, which starts again with its
-    own configuration (its moments belong to variables that no longer train).
-    Models do not know who contains them, hence the search.
+    variables baked in; so has a built optimizer, which starts again (its
+    moments belong to variables that no longer train). Models do not know who
+    contains them, hence the search.
     """
     changed = {id(layer) for layer in layers}
-    for model in gc.get_objects():
-        # Keras leaves instances behind that it made and never initialized.
-        if not (
-            issubclass(type(model), keras.Model) and "_layers" in vars(model)
-        ):
-            continue
+    holding, others = [], []
+    for model in living_models():
         below = flatten_layers(model)
-        if changed.isdisjoint(id(layer) for layer in below):
-            continue
+        is_changed = not changed.isdisjoint(id(layer) for layer in below)
+        (holding if is_changed else others).append(model)
+    for model in holding:
         for name in COMPILED:
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
-        optimizer = getattr(model, "optimizer", None)
-        if getattr(optimizer, "built", False):
-            try:
-                model.optimizer = type(optimizer).from_config(
-                    optimizer.get_config()
-                )
-            except Exception:
-                # A custom optimizer without a config: `fit` then asks for
-                # `compile`, instead of training the wrong variables.
-                model.compiled = False
+        _reset_optimizer_of(model, others)
         if keras.backend.backend() == "torch":
             # `model.parameters()` lists what was there at build time.
-            for layer in below:
+            for layer in flatten_layers(model):
                 if layer.built:
                     layer._track_variables()
+
+
+# Weak references to all models, by id: not a `WeakSet`, which asks models of
+# users whether they are equal. The garbage collector, which knows them as
+# well, does not list what `gc.freeze()` put aside.
+_models = {}
+
+
+def living_models():
+    models = [reference() for reference in list(_models.values())]
+    # Keras leaves instances behind that it made and never initialized.
+    return [m for m in models if m is not None and "_layers" in vars(m)]
+
+
+def remember_model(model):
+    """Makes `living_models` list a model that was not made by its class."""
+
+    def forget(reference, key=id(model)):
+        if _models.get(key) is reference:
+            del _models[key]
+
+    _models[id(model)] = weakref.ref(model, forget)
+
+
+def _remember_all_models():
+    """Relies on `keras.Model.__new__`, which makes every model, also those
+    that are loaded, cloned and copied. Those made before are found once."""
+    make_plain = keras.Model.__new__
+
+    @functools.wraps(make_plain)
+    def make(cls, *args, **kwargs):
+        model = make_plain(cls, *args, **kwargs)
+        remember_model(model)
+        return model
+
+    keras.Model.__new__ = staticmethod(make)
+    frozen = gc.get_freeze_count() > 0
+    if frozen:
+        gc.unfreeze()
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), keras.Model):
+            remember_model(candidate)
+    if frozen:
+        gc.freeze()
+
+
+_remember_all_models()
+
+# What `exclude_from_weight_decay` was told, which is in no config.
+_EXCLUDED = "_exclude_from_weight_decay"
+
+
+def _reset_optimizer_of(model, others):
+    """Makes the optimizer of `model` start again with other variables.
+
+    Args:
+        model: A model whose trainable variables have changed.
+        others: List of models that have not changed.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if not getattr(optimizer, "built", False):
+        return
+    try:
+        if any(_trains(optimizer, other) for other in others):
+            # It goes on where it is.
+            model.optimizer = _unbuilt_copy(optimizer)
+        else:
+            _undo_build(optimizer, {id(v) for v in model.variables})
+    except Exception:
+        # A custom optimizer of another make: `fit` then asks for `compile`,
+        # instead of training the wrong variables.
+        model.compiled = False
+
+
+def _trains(optimizer, model):
+    if getattr(model, "optimizer", None) is not optimizer:
+        return False
+    trained = {id(v) for v in optimizer._trainable_variables}
+    return trained <= {id(v) for v in model.trainable_variables}
+
+
+def _unbuilt_copy(optimizer):
+    made = type(optimizer).from_config(optimizer.get_config())
+    for one, original in zip(_parts(made), _parts(optimizer)):
+        for name in (_EXCLUDED, f"{_EXCLUDED}_pattern"):
+            if hasattr(original, name):
+                setattr(one, name, copy.copy(getattr(original, name)))
+    return made
+
+
+def _parts(optimizer):
+    """Returns the optimizer and those inside it."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inner = [] if inner is None else [inner]
+    inner += getattr(optimizer, "optimizers", [])
+    return [optimizer, *(part for each in inner for part in _parts(each))]
+
+
+def _undo_build(optimizer, living):
+    """Makes an optimizer, and those inside it, as before `build`.
+
+    It stays the same object, with all that it was told since it was made.
+    Relies on `build` making all variables but those of the constructor anew,
+    and on what `BaseOptimizer.build` and `MultiOptimizer.build` set.
+
+    Args:
+        optimizer: A built optimizer.
+        living: Set of the ids of the variables of its model.
+    """
+    for part in _parts(optimizer):
+        if part.built:
+            _undo_own_build(part, living)
+    by_variable = getattr(optimizer, "_optimizer_map", None)
+    if by_variable is None:
+        return
+    # Those that a function picks come again when it is asked again.
+    listed = [getattr(by_variable, "default_optimizer", None)]
+    if hasattr(by_variable, "values"):
+        listed += by_variable.values()
+    optimizer._inner_optimizers = [
+        part
+        for part in optimizer.optimizers
+        if any(part is one for one in listed)
+    ]
+
+
+def _undo_own_build(optimizer, living):
+    kept = _ids_of_constructor_variables(optimizer)
+    for variable in list(optimizer._variables):
+        if id(variable) not in kept:
+            optimizer._untrack_variable(variable)
+    optimizer._iterations.assign(0)
+    # A new variable may get the id of one that is gone.
+    for variable in optimizer._trainable_variables:
+        if id(variable) not in living:
+            excluded = getattr(optimizer, _EXCLUDED, set())
+            excluded.discard(optimizer._var_key(variable))
+    getattr(optimizer, f"{_EXCLUDED}_cache", {}).clear()
+    optimizer._trainable_variables_indices.clear()
+    # Not as an attribute, which would be tracked.
+    vars(optimizer)["_trainable_variables"] = []
+    optimizer.built = False
+
+
+def _ids_of_constructor_variables(optimizer):
+    try:
+        made = type(optimizer).from_config(optimizer.get_config())
+    except Exception:
+        variables = [optimizer._iterations, optimizer._learning_rate]
+    else:
+        variables = optimizer._variables[: len(made._variables)]
+    return {id(variable) for variable in variables}
 
 
 def objects_being_loaded():

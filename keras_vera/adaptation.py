@@ -50,9 +50,11 @@ def enable_vera(
     was. To keep the head of your own model trainable, call `enable_vera` on
     the inner model below it.
 
-    A model that was compiled stays compiled; an optimizer that has started
-    to train starts again with the new variables. Training steps that you
-    compiled yourself (`jax.jit`, `tf.function`) have to be made again.
+    A model that was compiled stays compiled. Its optimizer stays, with its
+    learning rate and what it excludes from weight decay; if it has started to
+    train, it starts again with the new variables. Training steps that you
+    compiled yourself (`jax.jit`, `tf.function`) have to be made again. A
+    model of a `tf.distribute` strategy is adapted in this strategy.
 
     Args:
         model: A built `keras.Model` or layer.

@@ -118,8 +118,8 @@ class VeRALayer:
         rank = projection.rank if rank is None else rank
         contraction = self._make_contraction()
         projection.register(self)
-        projection.reserve(contraction.m, contraction.n)
-        with _keras.new_state_allowed(self):
+        with _keras.strategy_scope(self), _keras.new_state_allowed(self):
+            projection.reserve(contraction.m, contraction.n)
             self._vera_layout = Layout(
                 contraction, projection.structure_of(contraction, rank)
             )
