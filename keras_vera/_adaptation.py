@@ -79,6 +79,14 @@ class Adaptation:
         for layer, flag in self._flags:
             _keras.set_trainable(layer, flag)
 
+    def base_values(self):
+        """Yields each variable that the base has with another value, and it.
+
+        Or that the base has not, and the value that makes no difference.
+        """
+        for layer in self.layers:
+            yield from layer.base_values()
+
     def _freeze(self, model):
         targets = {id(layer) for layer in self.layers}
         in_base = set()
@@ -264,6 +272,22 @@ def check_base_is_clean(model, layers):
             "the whole model with `keras_vera.merge(model)` and "
             "`model.save_weights()`."
         )
+
+
+def base_values(model, layers):
+    """Returns pairs of the variables of `model` with their base values."""
+    adaptations = {}
+    for layer in layers:
+        # A layer of `keras_vera.layers` says it itself.
+        source = getattr(layer, "vera_adaptation", layer)
+        adaptations[id(source)] = source
+    own = {id(variable) for variable in model.variables}
+    return [
+        (variable, value)
+        for source in adaptations.values()
+        for variable, value in source.base_values()
+        if id(variable) in own
+    ]
 
 
 def restore(model, layers, merge):
