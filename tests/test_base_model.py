@@ -121,7 +121,7 @@ def test_base_has_its_own_bias(x):
         y = predict(model, x)
     np.testing.assert_array_equal(y, predict(make_base(), x))
     biases = [x.bias for x in adapted(model) if x.vera_base_bias is not None]
-    assert len(biases) == 6
+    assert len(biases) == 5
     assert all(np.all(ops.convert_to_numpy(b) == 0.7) for b in biases)
 
 
