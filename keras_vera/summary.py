@@ -185,6 +185,8 @@ def _origin(layers):
 
 def _file_line(model, layers):
     """Says what `save_adapter` would write; see there."""
+    if not model.trainable:
+        return " Adapter file: none while `model.trainable` is False"
     projections = {id(x.projection): x.projection for x in layers.values()}
     pair = [
         v
