@@ -78,6 +78,14 @@ class Adaptation:
                 restore_layer(layer, merge=merge)
         self.frozen.undo(give_back=not merge)
 
+    def base_values(self):
+        """Yields each variable that the base has with another value, and it.
+
+        Or that the base has not, and the value that makes no difference.
+        """
+        for layer in self.layers:
+            yield from layer.base_values()
+
 
 def check_model(model):
     """Raises unless VeRA can be enabled on `model`."""
@@ -253,6 +261,22 @@ def check_base_is_unmoved(model, layers):
     """Raises if the base has state that it had not when it was adapted."""
     frozen = [adaptation.frozen for adaptation in _adaptations(layers)]
     check_state_is_unmoved(model, frozen)
+
+
+def base_values(model, layers):
+    """Returns pairs of the variables of `model` with their base values."""
+    adaptations = {}
+    for layer in layers:
+        # A layer of `keras_vera.layers` says it itself.
+        source = getattr(layer, "vera_adaptation", layer)
+        adaptations[id(source)] = source
+    own = {id(variable) for variable in model.variables}
+    return [
+        (variable, value)
+        for source in adaptations.values()
+        for variable, value in source.base_values()
+        if id(variable) in own
+    ]
 
 
 def restore(model, layers, merge):

@@ -10,6 +10,7 @@ from keras import ops
 from keras_vera import _adaptation
 from keras_vera import _adapter_format
 from keras_vera import _bank_heads
+from keras_vera import _base_scope
 from keras_vera import _keras
 from keras_vera import adapter_file
 from keras_vera._adapter_format import EXTENSION
@@ -33,6 +34,7 @@ class BankFiles:
     """
 
     def __init__(self, model):
+        _base_scope.check_outside(model)
         layers = _adaptation.check_adapted(model)
         _adaptation.check_base_is_clean(model, layers)
         _check_no_rematerialization(model)

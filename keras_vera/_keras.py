@@ -531,6 +531,106 @@ def is_traced(x):
     return x.is_meta or torch.compiler.is_compiling()
 
 
+def reading_place():
+    """Returns where Python reads variables for one computation alone.
+
+    That is a graph of TensorFlow, or `True`. It is `None` where functions that
+    were compiled before are called, and read variables themselves.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.executing_eagerly():
+            return tf.compat.v1.get_default_graph()
+        return True if in_stateless_scope() else None
+    if keras.backend.backend() == "jax":
+        # Keras' `jax.core` has no name for it.
+        from jax._src.core import trace_state_clean
+
+        is_traced = in_stateless_scope() or not trace_state_clean()
+        return True if is_traced else None
+    return True
+
+
+def is_read_at(place, value):
+    """Says whether a variable's `value` is read at a `reading_place` now.
+
+    It is not in a function that is traced meanwhile and compiled for more.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.executing_eagerly():
+            return place is None or place is True
+        graph = tf.compat.v1.get_default_graph()
+        # The graphs of branches and loops have classes of their own.
+        while graph is not place and type(graph).__name__ != "FuncGraph":
+            graph = getattr(graph, "outer_graph", None)
+        return graph is place and place is not None
+    if keras.backend.backend() == "jax":
+        return place is not None or not is_traced(value)
+    return not value.is_meta
+
+
+def reading_mark(model):
+    """Returns what `has_read_since` and `has_trained_since` need."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        graph = tf.compat.v1.get_default_graph()
+        return graph, len(graph.get_operations())
+    if keras.backend.backend() == "torch":
+        return model, _count_of_steps(model)
+    return None
+
+
+def has_read_since(mark, variables):
+    """Says whether anything put into a graph reads one of the variables."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    graph, count = mark
+    outside = {id(stored_value(variable).handle) for variable in variables}
+    handles = {
+        id(inside)
+        for captured, inside in getattr(graph, "captures", ())
+        if id(captured) in outside
+    }
+    return any(
+        id(x) in handles
+        for operation in graph.get_operations()[count:]
+        for x in operation.inputs
+    )
+
+
+def has_trained_since(mark):
+    """Says whether the model's optimizer has made a step, on PyTorch."""
+    if keras.backend.backend() != "torch":
+        return False
+    model, count = mark
+    return _count_of_steps(model) != count
+
+
+def _count_of_steps(model):
+    import torch
+
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or torch.compiler.is_compiling():
+        return None
+    # The tensor's own counter, as reading its value waits for the device.
+    return optimizer.iterations.value._version
+
+
+def stored_value(variable):
+    """Returns `value` as Keras has it, also of our own kind of variable."""
+    return backend.Variable.value.fget(variable)
+
+
+def as_value(variable, array):
+    """Returns an array in the form that `variable.value` has."""
+    tensor = backend.convert_to_tensor(array, dtype=variable._dtype)
+    return variable._maybe_autocast(tensor)
+
+
 def can_assign_traced():
     """Says whether a variable takes a value that is traced."""
     return keras.backend.backend() != "jax" or in_stateless_scope()

@@ -1,10 +1,9 @@
 import contextlib
 
-from keras import ops
-
-from keras_vera import _keras
+from keras_vera import _base_scope
 from keras_vera._adaptation import Adaptation
 from keras_vera._adaptation import base_paths
+from keras_vera._adaptation import base_values
 from keras_vera._adaptation import check_adapted
 from keras_vera._adaptation import check_base_is_clean
 from keras_vera._adaptation import check_layer
@@ -112,6 +111,7 @@ def enable_vera(
 
     - [Kopiczko et al., 2024](https://arxiv.org/abs/2310.11454)
     """
+    _base_scope.check_outside(model)
     check_model(model)
     rank = check_integer("rank", rank, 1)
     bases = find_bases(model)
@@ -153,6 +153,7 @@ def disable_vera(model):
     keras_vera.disable_vera(model)
     ```
     """
+    _base_scope.check_outside(model)
     layers = check_adapted(model)
     check_base_is_clean(model, layers)
     restore(model, layers, merge=False)
@@ -181,6 +182,7 @@ def merge(model):
     model.save("merged.keras")
     ```
     """
+    _base_scope.check_outside(model)
     layers = check_adapted(model)
     check_mergeable(model, layers)
     restore(model, layers, merge=True)
@@ -190,16 +192,31 @@ def merge(model):
 def base_model(model):
     """Makes an adapted model give the outputs of its base, for a moment.
 
-    Only values change (`b` is 0 inside), so nothing is compiled again. The
-    adapters are back when the block ends, also by an exception. A task head
-    outside the base keeps its trained values.
+    Inside, `predict`, `evaluate`, calls of the model and functions that were
+    compiled before give the outputs of the base, and nothing is compiled
+    again. The adapters are back when the block ends, also by an exception. A
+    task head outside the base keeps its trained values.
+
+    In a training step, compiled or not, the block gives the base as a
+    reference (for DPO, a KL term or distillation) at the cost of a plain
+    model, and its outputs pass no gradient to the adapters. In a step that
+    you compile yourself, enter the block inside of it: a function of JAX that
+    was given the values of the adapter goes on using them.
+
+    Inside, `save_adapter` and Keras' own saving save the adapter as it is.
+    What would change the adapter is refused; after training, the block raises
+    an error when it ends, and gives back the adapter as it was.
+
+    Other threads are left alone, with one exception: on TensorFlow and JAX,
+    outside of compiled functions, variables are assigned, so functions that
+    other threads call on TensorFlow meanwhile give the base as well.
 
     Args:
         model: An adapted model.
 
     Raises:
-        ValueError: If the model is not adapted, or if a weights file merged
-            an adapter into its base kernels.
+        ValueError: If the model is not adapted, if a weights file merged an
+            adapter into its base kernels, or if it was trained in the block.
 
     Example:
 
@@ -207,20 +224,20 @@ def base_model(model):
     with keras_vera.base_model(model):
         base_outputs = model.predict(x)
     ```
+
+    A step with a reference, such as in a `train_step`:
+
+    ```python
+    outputs = model(x, training=True)
+    with keras_vera.base_model(model):
+        reference = model(x)
+    loss = dpo_loss(outputs, reference)
+    ```
     """
     layers = check_adapted(model)
     check_base_is_clean(model, layers)
-    _keras.synchronize(model)
-    kept = [(layer, *layer.adapter_values()) for layer in layers]
-    try:
-        for layer, _, bias in kept:
-            layer.vera_lambda_b.assign(ops.zeros(layer.vera_lambda_b.shape))
-            if bias is not None:
-                layer.set_adapter_bias(None)
+    values = base_values(model, layers)
+    # At any d, the layer is its base while b is 0.
+    others = [layer.vera_lambda_d for layer in layers]
+    with _base_scope.base_scope(model, values, others):
         yield model
-    finally:
-        _keras.synchronize(model)
-        for layer, b, bias in kept:
-            layer.vera_lambda_b.assign(b)
-            if bias is not None:
-                layer.set_adapter_bias(bias)

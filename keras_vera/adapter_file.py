@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_vera import _adaptation
 from keras_vera import _adapter_format
+from keras_vera import _base_scope
 from keras_vera import _keras
 from keras_vera._adapter_format import AdapterFileError
 from keras_vera._adapter_format import check_file_dtype
@@ -75,6 +76,12 @@ def save_adapter(model, filepath, dtype="float32"):
             "trained outside the base, such as a head, would be lost. Set "
             "`model.trainable = True` before saving."
         )
+    with _base_scope.suspended():
+        _adapter_format.write(filepath, *_contents(model, layers, dtype))
+
+
+def _contents(model, layers, dtype):
+    """Returns header and entries of the file of an adapted model."""
     _keras.synchronize(model)
     _adaptation.check_base_is_unmoved(model, layers)
     paths = _keras.structural_paths(model)
@@ -91,7 +98,7 @@ def save_adapter(model, filepath, dtype="float32"):
         # No seed makes them again.
         for name in _MATRICES:
             tensors[name] = ops.convert_to_numpy(getattr(projection, name))
-    _adapter_format.write(filepath, make_header(model, paths), tensors)
+    return make_header(model, paths), tensors
 
 
 def load_adapter(model, filepath):
@@ -127,6 +134,7 @@ def load_adapter(model, filepath):
             "`model` must be a Keras model. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
+    _base_scope.check_outside(model)
     _keras.synchronize(model)
     paths = _keras.structural_paths(model)
     matrices = _popped_matrices(header, tensors, filepath)

@@ -9,6 +9,7 @@ import safetensors.numpy
 from keras import ops
 
 from keras_vera import _adaptation
+from keras_vera import _base_scope
 from keras_vera import _keras
 from keras_vera._adapter_format import AdapterFileError
 from keras_vera._adapter_format import check_names
@@ -74,6 +75,7 @@ def load_peft_adapter(model, folder):
     keras_vera.load_peft_adapter(backbone, "my-peft-vera-adapter")
     ```
     """
+    _base_scope.check_outside(model)
     _adaptation.check_model(model)
     backbone, family = find_family(model)
     folder = os.fspath(folder)
@@ -137,6 +139,7 @@ def load_peft_adapter(model, folder):
         heads[module].bias.assign(entries["bias"])
 
 
+@_base_scope.suspended()
 def save_peft_adapter(model, folder, base_model_name_or_path=None):
     """Saves an adapter as Hugging Face PEFT reads it.
 

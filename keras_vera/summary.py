@@ -1,5 +1,6 @@
 import io
 import math
+import re
 
 import ml_dtypes  # noqa: F401 - lets NumPy know bfloat16.
 import numpy as np
@@ -11,19 +12,29 @@ from keras_vera import _keras
 from keras_vera._adaptation import adapted_layers
 from keras_vera._adaptation import base_paths
 from keras_vera._adaptation import check_adapted
+from keras_vera._adaptation import check_layer
+from keras_vera._roles import adaptable_layers
+from keras_vera.adapter_file import trained_variables
 from keras_vera.layers._base_layer import kernel_shape
-from keras_vera.layers._kinds import kind_of
+from keras_vera.layers._in_place import is_adapted
+from keras_vera.projection import EXPLICIT
 
 _LORA_RANK = 8
 
 
-def summary(model, line_length=None, print_fn=None):
+def summary(model, line_length=None, expand_repeated=False, print_fn=None):
     """Prints which layers of a model are adapted, and how many numbers train.
+
+    Layers of equal kernel shape and rank, at equal places of repeated blocks,
+    share a row: `layer{,_1.._11}/query` stands for `layer/query`,
+    `layer_1/query`, and so on. Its numbers are those of all of them together.
 
     Args:
         model: An adapted model.
         line_length: Integer, characters of a line. Defaults to the width that
             the table needs.
+        expand_repeated: Boolean, whether every layer gets a row of its own.
+            Defaults to `False`.
         print_fn: Function that takes the table as one string. Defaults to
             printing on the standard output.
 
@@ -39,52 +50,32 @@ def summary(model, line_length=None, print_fn=None):
     """
     check_adapted(model)
     layers = adapted_layers(model)
-    table = rich.table.Table(box=rich.box.SQUARE, show_lines=False)
-    for title, justify in (
-        ("Adapted layer", "left"),
-        ("Kernel shape", "left"),
-        ("Rank", "right"),
-        ("Trained #", "right"),
-        ("Bytes", "right"),
-        (f"LoRA {_LORA_RANK} would train #", "right"),
-    ):
-        table.add_column(title, justify=justify, overflow="fold")
-    vectors = lora = 0
-    for path, layer in layers.items():
-        own, own_bytes = _size(_vectors(layer))
-        own_lora = _lora_size(kernel_shape(layer))
-        vectors += own
-        lora += own_lora
-        table.add_row(
-            path,
-            str(kernel_shape(layer)),
-            str(layer.vera_lambda_d.shape[0]),
-            f"{own:,}",
-            f"{own_bytes:,}",
-            f"{own_lora:,}",
-        )
     trained, trained_bytes = _size(model.trainable_variables)
+    vectors, vectors_bytes = _size(
+        _trained_of(model, [v for x in layers.values() for v in _vectors(x)])
+    )
+    lora = sum(_lora_size(kernel_shape(x)) for x in layers.values())
     total, total_bytes = _size(model.weights)
-    projection = next(iter(layers.values()))
-    _, shared = _size([projection.vera_kernel_a, projection.vera_kernel_b])
     lines = [
         f"VeRA on '{model.name}': {len(layers)} adapted layers, "
-        f"seed {projection.projection.seed}",
-        table,
-        f" Trained by VeRA: {vectors:,} ({_readable(vectors * 4)})",
+        f"{_origin(layers.values())}",
+        _table(layers, expand_repeated),
+        f" Trained by VeRA: {vectors:,} ({_readable(vectors_bytes)})",
         f" Trained outside the base: {trained - vectors:,} "
-        f"({_readable(trained_bytes - vectors * 4)})",
-        f" Adapter file: {_readable(trained_bytes)} and a header; the shared "
-        f"random matrices ({_readable(shared)} in memory) are not saved",
+        f"({_readable(trained_bytes - vectors_bytes)})",
+        _file_line(model, layers),
         f" LoRA of rank {_LORA_RANK} on these layers would train {lora:,} "
         f"({_readable(lora * 4)})",
         f" All weights: {total:,} ({_readable(total_bytes)})",
     ]
     others = _matrices_of_other_layers(model, layers)
     if others:
+        rows = _rows(others, expand_repeated)
+        shown = rows if expand_repeated else rows[:8]
+        names = [f"{path} {shape}" for path, shape, _ in shown]
         lines.append(
             f" Frozen matrices of layers that VeRA cannot adapt: {len(others)} "
-            f"({', '.join(others[:8])}{', ...' if len(others) > 8 else ''})"
+            f"({', '.join(names)}{', ...' if len(rows) > len(shown) else ''})"
         )
     console = rich.console.Console(
         file=io.StringIO(), width=line_length or 160, highlight=False
@@ -94,19 +85,167 @@ def summary(model, line_length=None, print_fn=None):
     (print_fn or print)(console.file.getvalue().rstrip())
 
 
+def _table(layers, expand_repeated):
+    table = rich.table.Table(box=rich.box.SQUARE, show_lines=False)
+    for title, justify in (
+        ("Adapted layers", "left"),
+        ("Layers", "right"),
+        ("Kernel shape", "left"),
+        ("Rank", "right"),
+        ("Trained #", "right"),
+        ("Bytes", "right"),
+        (f"LoRA {_LORA_RANK} would train #", "right"),
+    ):
+        table.add_column(title, justify=justify, overflow="fold")
+    rows = {
+        path: (kernel_shape(layer), layer.vera_lambda_d.shape[0])
+        for path, layer in layers.items()
+    }
+    for path, (shape, rank), paths in _rows(rows, expand_repeated):
+        size, size_bytes = _size(v for p in paths for v in _vectors(layers[p]))
+        table.add_row(
+            path,
+            str(len(paths)),
+            str(shape),
+            str(rank),
+            f"{size:,}",
+            f"{size_bytes:,}",
+            f"{_lora_size(shape) * len(paths):,}",
+        )
+    return table
+
+
+def _rows(things, expand_repeated):
+    """Returns rows of a name for paths, what they share, and the paths.
+
+    Args:
+        things: Dict of what is shown of each path; must be equal in a row.
+        expand_repeated: Boolean, whether each path gets a row.
+    """
+    # A part of a path is a stem and the endings that follow it.
+    rows = [
+        ([_stem_and_ending(part) for part in path.split("/")], thing, [path])
+        for path, thing in things.items()
+    ]
+    longest = max((len(parts) for parts, _, _ in rows), default=0)
+    for place in range(0 if expand_repeated else longest):
+        merged = {}
+        for parts, thing, paths in rows:
+            if place < len(parts):
+                stem, endings = parts[place]
+                others = (*parts[:place], stem, *parts[place + 1 :])
+            else:
+                endings, others = (), tuple(parts)
+            first = merged.setdefault((others, thing), ([], parts, []))
+            first[0].extend(endings)
+            first[2].extend(paths)
+        rows = []
+        for (_, thing), (endings, parts, paths) in merged.items():
+            if place < len(parts):
+                parts = list(parts)
+                parts[place] = parts[place][0], tuple(endings)
+            rows.append((parts, thing, paths))
+    return [
+        ("/".join(stem + _braces(endings) for stem, endings in parts), *rest)
+        for parts, *rest in rows
+    ]
+
+
+def _stem_and_ending(part):
+    stem, ending = re.fullmatch(r"(.*?)((?:_\d+)?)", part).groups()
+    return stem, (ending,)
+
+
+def _braces(endings):
+    """Returns endings as a shell would expand them: `{,_1.._3}`."""
+    if len(endings) == 1:
+        return endings[0]
+    runs = []
+    for ending in sorted(endings, key=lambda x: int(x[1:] or -1)):
+        follows = runs and runs[-1][-1] and ending
+        if follows and int(ending[1:]) == int(runs[-1][-1][1:]) + 1:
+            runs[-1].append(ending)
+        else:
+            runs.append([ending])
+    names = [
+        f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(run)
+        for run in runs
+    ]
+    return "{" + ",".join(names) + "}"
+
+
+def _origin(layers):
+    """Says what the random matrices were made from."""
+    projections = {id(x.projection): x.projection for x in layers}
+    seeds = sorted({p.seed for p in projections.values() if p.seed is not None})
+    if not seeds:
+        return "random matrices of its own"
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def _file_line(model, layers):
+    """Says what `save_adapter` would write; see there."""
+    if not model.trainable:
+        return " Adapter file: none while `model.trainable` is False"
+    projections = {id(x.projection): x.projection for x in layers.values()}
+    pair = [
+        v
+        for p in projections.values()
+        for v in (p.vera_kernel_a, p.vera_kernel_b)
+    ]
+    _, shared = _size(pair)
+    paths = _keras.structural_paths(model)
+    saved = [
+        *trained_variables(paths).values(),
+        *(x.bias for x in layers.values() if x.vera_base_bias is not None),
+    ]
+    carried = any(p.structure == EXPLICIT for p in projections.values())
+    # Half floats are stored as float32.
+    size = _size(saved)[1] + sum(
+        math.prod(v.shape) * 2
+        for v in saved
+        if np.dtype(v.dtype).itemsize == 2 and "float" in v.dtype
+    )
+    size += shared if carried else 0
+    return (
+        f" Adapter file: {_readable(size)} and a header; the shared random "
+        f"matrices ({_readable(shared)} in memory) are "
+        f"{'in it' if carried else 'not saved'}"
+    )
+
+
+def _trained_of(model, variables):
+    trained = {id(v) for v in model.trainable_variables}
+    return [v for v in variables if id(v) in trained]
+
+
 def _matrices_of_other_layers(model, layers):
-    """Returns what no target can name, such as the kernels of experts."""
+    """Returns the shapes by path of what no target can name, such as the
+    kernels of experts."""
     adaptation = getattr(next(iter(layers.values())), "vera_adaptation", None)
     if adaptation is None:
-        return []
-    return [
-        f"{path}/{variable.name} {tuple(variable.shape)}"
-        for path, layer in base_paths(model, adaptation.bases).items()
-        if kind_of(type(layer)) is None
+        return {}
+    paths = base_paths(model, adaptation.bases)
+    adaptable = adaptable_layers(paths)
+    return {
+        f"{path}/{variable.name}": tuple(variable.shape)
+        for path, layer in paths.items()
+        if not (is_adapted(layer) or _can_adapt(path, adaptable))
         for variable in _keras.own_variables(layer)
         if sum(size > 1 for size in variable.shape) > 1
         and "float" in variable.dtype
-    ]
+        and not variable.trainable
+    }
+
+
+def _can_adapt(path, adaptable):
+    try:
+        if path in adaptable:
+            check_layer(adaptable[path], path)
+            return True
+    except ValueError:
+        pass  # An equation that holds many matrices, as of experts.
+    return False
 
 
 def _vectors(layer):
@@ -115,6 +254,7 @@ def _vectors(layer):
 
 def _size(variables):
     """Returns the numbers in `variables` and their bytes."""
+    variables = list(variables)
     sizes = [math.prod(v.shape) for v in variables]
     widths = [np.dtype(v.dtype).itemsize for v in variables]
     return sum(sizes), sum(s * w for s, w in zip(sizes, widths))

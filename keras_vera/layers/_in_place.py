@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_vera import _keras
+from keras_vera._base_scope import suspended
 from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._kinds import kind_of
@@ -60,6 +61,7 @@ class InPlaceVeRA:
     def from_config(cls, config):
         return cls.vera_plain_class.from_config(config)
 
+    @suspended()
     def save_own_variables(self, store):
         # `self.kernel` is the merged one, and is what Keras saves.
         super().save_own_variables(store)
@@ -77,6 +79,7 @@ class InPlaceVeRA:
             for name in _VECTORS:
                 group[name] = ops.convert_to_numpy(getattr(self, name))
 
+    @suspended()
     def load_own_variables(self, store):
         group = _keras.hidden_group(store)
         if group is not None and self._is_of_this_adapter(group):

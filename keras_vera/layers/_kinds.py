@@ -36,6 +36,8 @@ class _MatrixKind(VeRALayer):
         return super().kernel
 
     def call(self, inputs, training=None):
+        if self._is_base:
+            return super().call(inputs, training=training)
         tokens = self._vera_layout.contraction.tokens(inputs.shape)
         if not self._is_folded(tokens, training):
             return self._added_call(inputs, training=training)
@@ -88,7 +90,9 @@ class EmbeddingKind(VeRALayer):
         return Contraction((vocabulary,), (width,), one_hot=True)
 
     def call(self, inputs):
-        if self._is_folded(count_tokens(inputs.shape), inputs=0):
+        if self._is_base or self._is_folded(
+            count_tokens(inputs.shape), inputs=0
+        ):
             return super().call(inputs)
         return self._added_call(inputs)
 
@@ -117,7 +121,9 @@ class ReversibleEmbeddingKind(EmbeddingKind):
     logit_soft_cap = after_adapter("logit_soft_cap")
 
     def call(self, inputs, reverse=False):
-        if reverse:
+        if self._is_base:
+            is_plain = True
+        elif reverse:
             is_plain = not self.tie_weights or self._is_folded(
                 count_tokens(inputs.shape[:-1])
             )
@@ -128,8 +134,10 @@ class ReversibleEmbeddingKind(EmbeddingKind):
         return self._added_call(inputs, reverse=reverse)
 
     def quantized_call(self, inputs, reverse=False):
-        if reverse and not self.tie_weights:
-            return super(VeRALayer, self).quantized_call(inputs, reverse=True)
+        if self._is_base or (reverse and not self.tie_weights):
+            return super(VeRALayer, self).quantized_call(
+                inputs, reverse=reverse
+            )
         return self._added_call(inputs, reverse=reverse)
 
     def _adapter_output(self, inputs, training, reverse=False):
@@ -166,7 +174,9 @@ class ConvolutionKind(VeRALayer):
         return Contraction(tuple(input_dims), (filters,))
 
     def call(self, inputs):
-        if self._is_folded(self._positions(inputs), inputs=self._inputs):
+        if self._is_base or self._is_folded(
+            self._positions(inputs), inputs=self._inputs
+        ):
             return super().call(inputs)
         return self._added_call(inputs)
 

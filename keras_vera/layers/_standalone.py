@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_vera import _keras
+from keras_vera._base_scope import suspended
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._checks import check_plan
@@ -97,6 +98,7 @@ class StandaloneVeRA:
         layer.identifier = identifier
         return layer
 
+    @suspended()
     def save_own_variables(self, store):
         super().save_own_variables(_WithoutMerging(store, self))
         if self.built:
@@ -104,6 +106,7 @@ class StandaloneVeRA:
                 store[name] = getattr(self, name)
             store[_HASH] = self._projection_hash()
 
+    @suspended()
     def load_own_variables(self, store):
         super().load_own_variables(store)
         if self.built:

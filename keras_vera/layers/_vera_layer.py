@@ -3,6 +3,7 @@ import threading
 from dataclasses import dataclass
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vera import _keras
@@ -10,6 +11,7 @@ from keras_vera._arithmetic import Layout
 from keras_vera._arithmetic import folded_kernel
 from keras_vera._bank_scope import check_rows
 from keras_vera._bank_scope import rows_of
+from keras_vera._base_scope import shows_base
 from keras_vera._plan import choose_plan
 from keras_vera.layers._base_layer import stored_kernel
 
@@ -168,6 +170,8 @@ class VeRALayer:
 
     def quantized_call(self, inputs, *args, **kwargs):
         # Keras calls this instead of `call` where the base is quantized.
+        if self._is_base:
+            return super().quantized_call(inputs, *args, **kwargs)
         return self._added_call(inputs, *args, **kwargs)
 
     def _added_call(self, inputs, *args, training=None, **kwargs):
@@ -204,11 +208,12 @@ class VeRALayer:
             "`keras_vera.disable_vera(model)` to drop it first."
         )
 
-    def adapter_values(self):
-        """Returns b, and the adapter's own bias or `None`, as arrays."""
-        has_bias = self.vera_base_bias is not None
-        bias = ops.convert_to_numpy(self.bias).copy() if has_bias else None
-        return ops.convert_to_numpy(self.vera_lambda_b).copy(), bias
+    def base_values(self):
+        """Yields the variables of the adapter that make the layer its base,
+        and with which values."""
+        yield self.vera_lambda_b, np.zeros(self.vera_lambda_b.shape, "float32")
+        if self.vera_base_bias is not None:
+            yield self.bias, self.vera_base_bias
 
     def reset_vectors(self):
         """Sets the vectors to their start, where the layer is its base.
@@ -238,6 +243,11 @@ class VeRALayer:
             and not self._drops_out(training)
             and self._choose_plan(tokens, inputs).folded
         )
+
+    @property
+    def _is_base(self):
+        """Whether the base is wanted, without any product of the adapter."""
+        return rows_of(self) is None and shows_base(self.vera_lambda_b)
 
     def _drops_out(self, training):
         return self._vera_settings.dropout and _keras.is_training(training)
@@ -296,7 +306,7 @@ class VeRALayer:
 
     def _shown_kernel(self):
         """Returns the kernel for those who read it, also without a call."""
-        if _is_base_only(self):
+        if _is_base_only(self) or self._is_base:
             return stored_kernel(self)
         if rows_of(self) is not None:
             raise ValueError(
