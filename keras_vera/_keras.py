@@ -6,6 +6,8 @@ release of Keras that changes it breaks this file alone.
 
 import contextlib
 import gc
+import inspect
+import itertools
 
 import keras
 from keras.src import backend
@@ -13,6 +15,9 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.trainers import data_adapters
+from keras.src.trainers.data_adapters import array_slicing
+from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.utils import naming
 
 # Compiled functions that models keep. KerasHub's Gemma 4 has one for
@@ -287,3 +292,57 @@ def hidden_group(store, create=False):
 
 def hidden_array(group, name):
     return saving_lib.safe_get_h5_dataset(group, name)[()]
+
+
+def data_kind(x):
+    """Returns the library of a dataset, such as `"tf"`; else `None`."""
+    for kind, is_kind in (
+        ("tf", data_adapters.is_tf_dataset),
+        ("torch", data_adapters.is_torch_dataloader),
+        ("grain", data_adapters.is_grain_dataset),
+    ):
+        if is_kind(x):
+            return kind
+    return None
+
+
+def numpy_batches(data, batch_size, steps):
+    """Yields `(x, y, sample_weight)` of all that `evaluate` takes.
+
+    Args:
+        data: As `validation_data` of `keras.Model.fit`.
+        batch_size: Integer or `None`, of batches that are made of arrays.
+        steps: Integer, the largest number of batches, or `None`.
+    """
+    unpack = data_adapter_utils.unpack_x_y_sample_weight
+    x, y, sample_weight = unpack(data)
+    adapter = data_adapters.get_data_adapter(
+        x, y, sample_weight, batch_size=batch_size or 32
+    )
+    for batch in itertools.islice(adapter.get_numpy_iterator(), steps):
+        yield unpack(batch)
+
+
+def split_validation(x, y, sample_weight, validation_split):
+    """Splits arrays as `fit` does; both parts are `(x, y, sample_weight)`."""
+    return array_slicing.train_validation_split(
+        (x, y, sample_weight), validation_split=validation_split
+    )
+
+
+def bound_arguments(method, args, kwargs):
+    """Returns the arguments of a call of `method` by their names."""
+    return dict(inspect.signature(method).bind(*args, **kwargs).arguments)
+
+
+def comparison(model, monitor, mode, min_delta):
+    """Returns what says whether a metric is better than it was.
+
+    `EarlyStopping` knows which metrics of the compiled model go up.
+    """
+    monitoring = keras.callbacks.EarlyStopping(
+        f"val_{monitor}", min_delta=min_delta, mode=mode
+    )
+    monitoring.set_model(model)
+    monitoring._set_monitor_op()
+    return lambda value, best: bool(monitoring._is_improvement(value, best))

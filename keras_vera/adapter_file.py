@@ -126,6 +126,7 @@ def load_adapter(model, filepath):
             "`model` must be a Keras model. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
+    _adaptation.check_no_bank(model)
     _keras.synchronize(model)
     paths = _keras.structural_paths(model)
     matrices = _popped_matrices(header, tensors, filepath)
