@@ -229,7 +229,8 @@ class BankModel(keras.Model):
         else afterwards, as no compiled function can raise on all backends."""
         self._check_ids(x)
         before = self._count_strays()
-        yield
+        with _keras.values_kept(self):
+            yield
         found = self._count_strays() - before
         if found:
             raise ValueError(
@@ -267,6 +268,10 @@ class BankModel(keras.Model):
         stop_rows(getattr(self, "optimizer", None), slots)
 
     # ---- Keras' own files.
+
+    def save(self, *args, **kwargs):
+        # Before a file is opened.
+        self.get_config()
 
     def get_config(self):
         raise NotImplementedError(

@@ -253,6 +253,37 @@ def synchronize(model):
         model.jax_state_sync()
 
 
+@contextlib.contextmanager
+def values_kept(model):
+    """Gives variables their values back where an error has taken them.
+
+    On JAX, Keras takes them out of a model while it runs, and loses them if
+    the first batch cannot be read.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+
+    def variables():
+        optimizer = getattr(model, "optimizer", None)
+        state = optimizer.variables if optimizer is not None else []
+        return [*model.variables, *model.metrics_variables, *state]
+
+    kept = {id(v): v._value for v in variables()}
+    try:
+        yield
+    except BaseException:
+        synchronize(model)
+        for variable in variables():
+            if variable._value is None:
+                # What is new has not counted anything.
+                value = kept.get(id(variable))
+                if value is None:
+                    value = keras.ops.zeros(variable.shape, variable.dtype)
+                variable._value = value
+        raise
+
+
 def is_traced(x):
     """Says whether `x` has no value yet, as in `jit` and `tf.function`."""
     if keras.backend.backend() == "jax":
