@@ -15,8 +15,14 @@ class Scores:
     kept here while they count for another.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, together=False):
+        """
+        Args:
+            model: A compiled `BankModel`.
+            together: Boolean, whether all examples count as those of slot 0.
+        """
         self._model = model
+        self._together = together
         self._counted = {}  # By slot, the values of the metrics' variables.
         self._losses = {}  # By slot, the sum over examples, and their number.
 
@@ -25,7 +31,7 @@ class Scores:
         outputs = tree.map_structure(
             ops.convert_to_numpy, self._model.predict_on_batch(x)
         )
-        ids = np.asarray(ids_in(x))
+        ids = np.asarray(ids_in(x)) * (not self._together)
         for slot in np.unique(ids).tolist():
             rows = np.flatnonzero(ids == slot)
             part = tree.map_structure(

@@ -19,6 +19,7 @@ from keras_vera._bank_generate import can_generate
 from keras_vera._bank_model import BankModel
 from keras_vera._bank_names import count_examples
 from keras_vera._bank_names import names_of
+from keras_vera._bank_scores import Scores
 from keras_vera._bank_slots import Slots
 from keras_vera._checks import check_integer
 
@@ -282,12 +283,13 @@ class AdapterBank:
                     x, y, sample_weight=sample_weight, **kwargs
                 )
             return_dict = kwargs.pop("return_dict", False)
-            self.model.reset_metrics()
+            scores = Scores(self.model, together=True)
             for batch in self._batches(data, kwargs):
-                found = self.model.test_on_batch(
-                    *batch, return_dict=return_dict
-                )
-            return found
+                scores.add(*batch)
+            found = scores.results()[0]
+            if return_dict:
+                return found
+            return list(found.values()) if len(found) > 1 else found["loss"]
 
     def fit(
         self,
