@@ -43,8 +43,8 @@ class Slots:
 
     @property
     def room(self):
-        """How many different adapters can be brought at once."""
-        return self.capacity - len(self._held)
+        """How many examples, with any adapters, can be brought at once."""
+        return max(1, self.capacity - len(self._held))
 
     def put(self, name, arrays, classes):
         """Adds an adapter that is not in the bank."""
@@ -122,9 +122,10 @@ class Slots:
         slots = [0 if name is None else self._slots[name] for name in adapters]
         return np.array(slots, "int32")
 
-    def fit(self, names):
-        """Says whether all of `names` have room; `None`: all of the bank."""
-        return len({*self._or_all(names)} - {None}) <= self.room
+    def have_room_for(self, names):
+        """Says whether `names`, or all of the bank (`None`), fit at once."""
+        names = {*self._or_all(names), *self._held} - {None}
+        return len(names) <= self.capacity
 
     def ids(self, names):
         """Brings adapters to the device; returns their ids by name."""
@@ -138,7 +139,7 @@ class Slots:
             data: The `Examples` or `Batches` that train.
             validation: The same to validate with, or `None`.
         """
-        if data.names is None and not self.fit(None):
+        if data.names is None and not self.have_room_for(None):
             raise ValueError(
                 "The slots of a bank stay as they are while `fit` trains, and "
                 f"{len(self.names)} adapters do not fit into capacity="
@@ -149,7 +150,7 @@ class Slots:
         # A dataset does not say which names it has. Where not all have room,
         # it may have those that train.
         if validation is not None and (
-            validation.names is not None or self.fit(None)
+            validation.names is not None or self.have_room_for(None)
         ):
             names = [*names, *self._or_all(validation.names)]
         return self.ids(names)
@@ -168,7 +169,7 @@ class Slots:
             return
         # So many examples always fit.
         room = self.room
-        size = max(1, min(batch_size, room))
+        size = min(batch_size, room)
         start, held = 0, set()
         for i in range(0, len(adapters), size):
             names = set(adapters[i : i + size]) - {None}

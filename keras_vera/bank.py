@@ -243,7 +243,7 @@ class AdapterBank:
         data = data_of(self._base, x, adapters=adapters, has_targets=False)
         with self._lock:
             if isinstance(data, Batches):
-                if self._slots.fit(data.names):
+                if self._slots.have_room_for(data.names):
                     x, *_ = data.joined(self._slots.ids(data.names))
                     return self.model.predict(x, **kwargs)
                 batches = self._batches(data, kwargs)
@@ -277,7 +277,7 @@ class AdapterBank:
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
         with self._lock:
-            if self._slots.fit(data.names):
+            if self._slots.have_room_for(data.names):
                 x, y, sample_weight = data.joined(self._slots.ids(data.names))
                 return self.model.evaluate(
                     x, y, sample_weight=sample_weight, **kwargs

@@ -11,6 +11,7 @@ from banks import make_classifier
 from banks import make_files
 from banks import stacks
 from helpers import largest_difference
+from helpers import numpy_weights
 from helpers import predict
 
 import keras_vera
@@ -152,6 +153,23 @@ def test_validation_data_with_names(files, data, tmp_path, on_disk):
     assert changed == ({"ann.vera.safetensors"} if on_disk else set())
 
 
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "folder"])
+def test_a_callback_evaluates_and_predicts(files, data, tmp_path, on_disk):
+    x, y = data
+    bank = open_bank(files, tmp_path / "bank" if on_disk else None)
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            loss = bank.evaluate(x, y, MIXED, verbose=0)
+            seen.append((loss, bank.predict(x, MIXED)))
+
+    bank.fit(x, y, adapters=MIXED, callbacks=[Look()], verbose=0)
+    ((loss, outputs),) = seen
+    assert loss == pytest.approx(bank.evaluate(x, y, MIXED, verbose=0))
+    assert largest_difference(outputs, bank.predict(x, MIXED)) < ROUNDING
+
+
 def test_more_adapters_than_slots_are_evaluated(files, data, tmp_path):
     x, y = data
     expected = open_bank(files, None).evaluate(x, y, MIXED, verbose=0)
@@ -226,6 +244,24 @@ def test_bad_names(files, data, call, match):
         call(bank, *data)
     for key, value in stacks(bank).items():
         np.testing.assert_array_equal(value, before[key], err_msg=key)
+
+
+def test_a_dataset_that_cannot_be_read_costs_nothing(files, data, tmp_path):
+    """On JAX, Keras loses all numbers of a model whose first batch fails."""
+    x, y = data
+    bank = open_bank(files, tmp_path / "bank")
+    bank.fit(x, y, adapters=MIXED, verbose=0)
+    before = stacks(bank)
+    base = numpy_weights(bank.model.base)
+    outputs = bank.predict(x, MIXED)
+    broken = as_tf_data(x, y, ["zoe"] * len(x))
+    for method in (bank.fit, bank.evaluate):
+        with pytest.raises(Exception, match="'zoe'"):
+            method(broken, verbose=0)
+    np.testing.assert_array_equal(bank.predict(x, MIXED), outputs)
+    for old, new in zip(base, numpy_weights(bank.model.base), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert before.keys() == stacks(bank).keys()
 
 
 def test_texts_with_names(tmp_path):
