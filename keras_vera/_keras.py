@@ -350,8 +350,13 @@ def numpy_batches(data, batch_size, steps):
     adapter = data_adapters.get_data_adapter(
         x, y, sample_weight, batch_size=batch_size or 32
     )
-    for batch in itertools.islice(adapter.get_numpy_iterator(), steps):
-        yield unpack(batch)
+    try:
+        for batch in itertools.islice(adapter.get_numpy_iterator(), steps):
+            yield unpack(batch)
+    finally:
+        # The workers of a `PyDataset` read on, also after the last step.
+        if getattr(adapter, "enqueuer", None) is not None:
+            adapter.enqueuer.stop()
 
 
 def split_validation(x, y, sample_weight, validation_split):
