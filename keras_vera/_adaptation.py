@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_vera import _keras
+from keras_vera._bank_model import BankModel
 from keras_vera._frozen import FrozenBase
 from keras_vera._frozen import check_state_is_unmoved
 from keras_vera.layers._in_place import adapt_layer
@@ -94,6 +95,7 @@ def check_model(model):
             "`model` must be a Keras model or layer. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
+    check_no_bank(model)
     if not model.built:
         raise ValueError(
             f"`model` must be built. Received: model '{model.name}', which is "
@@ -118,6 +120,23 @@ def check_model(model):
             f"Model '{model.name}' has LoRA enabled, in the layers "
             f"{sorted(set(with_lora))}, which VeRA would freeze. Save and "
             "load the model to merge LoRA, or start from the base model."
+        )
+
+
+def check_no_bank(model):
+    """Raises if `model` is that of an `AdapterBank`, or holds one.
+
+    Its adapters are in the bank. What looks like one in its layers is of the
+    model that the bank was made on, and not what the bank trains.
+    """
+    if any(isinstance(x, BankModel) for x in _keras.flatten_layers(model)):
+        raise ValueError(
+            f"`model` must not be that of an `AdapterBank`, nor hold one. "
+            f"Received: model '{model.name}'. Use the bank's own methods for "
+            "its adapters (`bank.load`, `bank.save`, `bank.predict` with "
+            "`None` for the base), `keras_vera.callbacks.BestAdapters` while "
+            "it trains, and `bank.model.base` for the model that it was made "
+            "on."
         )
 
 
@@ -227,6 +246,7 @@ def adapted_layers(model):
 def check_adapted(model):
     """Returns the adapted layers of `model`, or raises if it has none."""
     if isinstance(model, keras.Layer):
+        check_no_bank(model)
         layers = [x for x in _keras.flatten_layers(model) if is_adapted(x)]
         if layers:
             return layers

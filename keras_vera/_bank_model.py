@@ -1,19 +1,39 @@
 """The Keras model of an `AdapterBank`, with an adapter for each example."""
 
 import contextlib
+import dataclasses
+import json
 from types import MappingProxyType
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_vera import _keras
+from keras_vera._bank_ids import IDS
+from keras_vera._bank_ids import ids_in
+from keras_vera._bank_ids import nan_unless
+from keras_vera._bank_ids import raise_unless
+from keras_vera._bank_ids import split_ids
 from keras_vera._bank_scope import mixed_batch
+from keras_vera._bank_stacks import copy_rows
+from keras_vera._bank_stacks import new_stack
+from keras_vera._bank_stacks import padded
 from keras_vera._row_optimizer import reset_rows
+from keras_vera._row_optimizer import row_steps
+from keras_vera._row_optimizer import stop_rows
 from keras_vera._row_optimizer import train_rows
 from keras_vera.layers._in_place import is_adapted
 
-IDS = "adapter_ids"
+
+@dataclasses.dataclass
+class Validation:
+    """What a running `fit` validates with; see `keras.Model.fit`."""
+
+    data: Any
+    batch_size: int | None
+    steps: int | None
 
 
 class BankModel(keras.Model):
@@ -22,7 +42,14 @@ class BankModel(keras.Model):
     It holds the numbers of all adapters, stacked: for each entry of an
     adapter file a variable of shape `(slots, *shape)`. Slot 0 is the base
     model and is never trained.
+
+    Attributes:
+        adapters: The `Slots` of the bank, which know the names.
+        validation: The `Validation` of a running `fit`, or `None`.
     """
+
+    adapters = None
+    validation = None
 
     def __init__(self, base, variables, fresh, layers, capacity):
         """
@@ -57,7 +84,7 @@ class BankModel(keras.Model):
             0, dtype="int32", trainable=False, name="strays"
         )
         self._stacks = {
-            name: _new_stack(name, variable, fresh[name], slots)
+            name: new_stack(name, variable, fresh[name], slots)
             for name, variable in variables.items()
         }
         self.built = True
@@ -104,16 +131,14 @@ class BankModel(keras.Model):
         classes = ops.take(self._classes, slots, axis=0)
         known = ops.logical_and(known, classes > 0)
         if not _keras.is_traced(known):
-            _raise_unless(known, ids)
+            raise_unless(known, ids)
         elif _keras.can_assign_traced():
             strays = ops.sum(ops.cast(ops.logical_not(known), "int32"))
             self._strays.assign_add(strays)
         with mixed_batch(self.rows(slots, classes)):
             outputs = self.base(inputs)
         # What no adapter has computed must not look like an answer.
-        return keras.tree.map_structure(
-            lambda y: _nan_unless(known, y), outputs
-        )
+        return keras.tree.map_structure(lambda y: nan_unless(known, y), outputs)
 
     def rows(self, ids, classes=None):
         """Returns what each layer reads, with one row for each of `ids`."""
@@ -151,9 +176,32 @@ class BankModel(keras.Model):
         """
         super().compile(train_rows(optimizer), *args, **kwargs)
 
-    def fit(self, x=None, *args, **kwargs):
-        with self._checked_ids(x):
-            return super().fit(x, *args, **kwargs)
+    def fit(self, *args, **kwargs):
+        given = _keras.bound_arguments(super().fit, args, kwargs)
+        _check_callbacks(given.get("callbacks"))
+        split = given.pop("validation_split", None)
+        if split and given.get("validation_data") is None:
+            names = ("x", "y", "sample_weight")
+            train, given["validation_data"] = _keras.split_validation(
+                *(given.get(name) for name in names), split
+            )
+            given.update(zip(names, train))
+        data = given.get("validation_data")
+        if isinstance(data, (list, tuple)):
+            self._check_ids(data[0])
+        if data is not None:
+            self.validation = Validation(
+                data,
+                given.get("validation_batch_size") or given.get("batch_size"),
+                given.get("validation_steps"),
+            )
+        self.stop_rows(None)
+        try:
+            with self._checked_ids(given.get("x")):
+                return super().fit(**given)
+        finally:
+            self.validation = None
+            self.stop_rows(None)
 
     def evaluate(self, x=None, *args, **kwargs):
         with self._checked_ids(x):
@@ -181,7 +229,8 @@ class BankModel(keras.Model):
         else afterwards, as no compiled function can raise on all backends."""
         self._check_ids(x)
         before = self._count_strays()
-        yield
+        with _keras.values_kept(self):
+            yield
         found = self._count_strays() - before
         if found:
             raise ValueError(
@@ -195,18 +244,64 @@ class BankModel(keras.Model):
         return int(ops.convert_to_numpy(self._strays))
 
     def _check_ids(self, x):
-        if isinstance(x, dict):
-            ids = x.get(IDS)
-        elif isinstance(x, (list, tuple)) and len(x) > 1:
-            ids = x[-1]
-        else:
-            return
+        ids = ids_in(x)
         if isinstance(ids, (np.ndarray, list)) or ops.is_tensor(ids):
             ids = np.asarray(ops.convert_to_numpy(ids))
             classes = ops.convert_to_numpy(self._classes)
             known = (ids >= 0) & (ids < len(classes))
             known &= classes[np.where(known, ids, 0)] > 0
-            _raise_unless(known, ids)
+            raise_unless(known, ids)
+
+    def row_steps(self):
+        """Returns how many steps the adapter in each slot has trained."""
+        _keras.synchronize(self)
+        steps = row_steps(getattr(self, "optimizer", None))
+        return np.zeros(self.slots, "int32") if steps is None else steps
+
+    def stop_rows(self, slots):
+        """Makes adapters stay as they are in the running `fit`.
+
+        Args:
+            slots: List of integers; `None` lets all train again.
+        """
+        _keras.synchronize(self)
+        stop_rows(getattr(self, "optimizer", None), slots)
+
+    # ---- Keras' own files.
+
+    def save(self, *args, **kwargs):
+        # Before a file is opened.
+        self.get_config()
+
+    def get_config(self):
+        raise NotImplementedError(
+            "The model of an `AdapterBank` cannot be made again from a "
+            "config, so it has no `.keras` file and no clone. Save adapters "
+            "with `bank.save(name, filepath)`, the state of a training with "
+            "`bank.model.save_weights`, and the base with its own methods."
+        )
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["names"] = np.frombuffer(self._names().encode(), "uint8")
+
+    def load_own_variables(self, store):
+        names = bytes(np.array(store["names"])).decode()
+        if names != self._names():
+            raise ValueError(
+                "A weights file of `bank.model` loads only into a bank with "
+                "the same adapters in the same slots. Received: a file with "
+                f"{names}; the bank has {self._names()}. Load "
+                "adapter files with `bank.load(name, filepath)` instead."
+            )
+        # Without the names, as Keras asks for.
+        super().load_own_variables(
+            {key: store[key] for key in store.keys() if key != "names"}
+        )
+
+    def _names(self):
+        names = self.adapters.by_slot()
+        return json.dumps({slot: names[slot] for slot in sorted(names)})
 
     # ---- Slots.
 
@@ -218,19 +313,18 @@ class BankModel(keras.Model):
             adapters: List of dicts of arrays, by entry name.
             classes: List of integers.
         """
-        _keras.synchronize(self)
-        count = len(slots)
-        # A power of 2, so that backends compile few sizes.
-        padded = 1 << (count - 1).bit_length()
-        index = np.array([*slots, *[slots[-1]] * (padded - count)])[:, None]
-        for name, stack in self._stacks.items():
-            rows = [adapter[name] for adapter in adapters]
-            rows = np.stack([*rows, *[rows[-1]] * (padded - count)])
-            rows = ops.convert_to_tensor(rows, dtype=stack.dtype)
-            stack.assign(ops.scatter_update(stack, index, rows))
+        self.assign_rows(slots, adapters)
         self.set_classes(slots, classes)
         if getattr(self, "optimizer", None) is not None:
             reset_rows(self.optimizer, slots)
+
+    def assign_rows(self, slots, adapters):
+        _keras.synchronize(self)
+        index = np.array(padded(slots))[:, None]
+        for name, stack in self._stacks.items():
+            rows = np.stack(padded([adapter[name] for adapter in adapters]))
+            rows = ops.convert_to_tensor(rows, dtype=stack.dtype)
+            stack.assign(ops.scatter_update(stack, index, rows))
 
     def set_classes(self, slots, classes):
         """Says what slots hold; 0 classes: nothing."""
@@ -242,10 +336,9 @@ class BankModel(keras.Model):
     def read(self, slots):
         """Returns the adapters in `slots`, each a dict of NumPy arrays."""
         _keras.synchronize(self)
+        index = np.array(padded(slots), "int32")
         stacks = {
-            name: ops.convert_to_numpy(
-                ops.take(stack, np.asarray(slots, "int32"), axis=0)
-            )
+            name: ops.convert_to_numpy(ops.take(stack, index, axis=0))
             for name, stack in self._stacks.items()
         }
         return [
@@ -271,8 +364,8 @@ class BankModel(keras.Model):
             self._untrack_variable(self._classes)
             self._classes = grown
             for name, stack in dict(self._stacks).items():
-                grown = _new_stack(name, stack, self._fresh[name], slots)
-                _copy_rows(stack, grown)
+                grown = new_stack(name, stack, self._fresh[name], slots)
+                copy_rows(stack, grown)
                 self._untrack_variable(stack)
                 self._stacks[name] = grown
         self._post_build()
@@ -281,71 +374,19 @@ class BankModel(keras.Model):
             train_rows(self.optimizer)
             self.optimizer.build(self.trainable_variables)
             for before, after in zip(state, self.optimizer.variables):
-                _copy_rows(before, after)
+                copy_rows(before, after)
 
 
-def split_ids(inputs):
-    """Returns the inputs of the base model, and the ids."""
-    if isinstance(inputs, dict) and IDS in inputs:
-        inputs = dict(inputs)
-        ids = inputs.pop(IDS)
-        return inputs, ids
-    if isinstance(inputs, (list, tuple)) and len(inputs) > 1:
-        *inputs, ids = inputs
-        return inputs[0] if len(inputs) == 1 else inputs, ids
-    raise ValueError(
-        f"The inputs must be those of the base model and `{IDS}`: a dict with "
-        f"the key '{IDS}', or a list or tuple that ends with the ids. "
-        f"Received: inputs of type {type(inputs).__name__}"
-    )
-
-
-def join_ids(x, ids):
-    """Undoes `split_ids`."""
-    if isinstance(x, dict):
-        return {**x, IDS: ids}
-    return [*x, ids] if isinstance(x, (list, tuple)) else [x, ids]
-
-
-def _raise_unless(known, ids):
-    known = ops.convert_to_numpy(known)
-    if not known.all():
-        ids = np.unique(ops.convert_to_numpy(ids)[~known])
-        raise ValueError(
-            f"`{IDS}` must be ids of adapters in the bank, as `bank.ids` "
-            f"gives them. Received: {ids[:5].tolist()}"
-        )
-
-
-def _new_stack(name, variable, fresh, slots):
-    *folders, last = name.split("/")
-    with contextlib.ExitStack() as scopes:
-        # The path is that of the entry: `vera_optimizer` goes by it.
-        for folder in folders:
-            scopes.enter_context(keras.name_scope(folder))
-        return keras.Variable(
-            np.repeat(fresh[None], slots, axis=0),
-            dtype=variable.dtype,
-            trainable=True,
-            autocast=False,
-            name=last,
-        )
-
-
-def _copy_rows(before, after):
-    if tuple(before.shape) == tuple(after.shape):
-        after.assign(ops.convert_to_tensor(before))
-    else:
-        rows = ops.convert_to_tensor(after)[before.shape[0] :]
-        after.assign(
-            ops.concatenate([ops.convert_to_tensor(before), rows], axis=0)
-        )
-
-
-def _nan_unless(known, y):
-    if not keras.backend.is_float_dtype(
-        keras.backend.standardize_dtype(y.dtype)
-    ):
-        return y
-    known = ops.reshape(known, (-1, *[1] * (len(y.shape) - 1)))
-    return ops.where(known, y, ops.cast(float("nan"), y.dtype))
+def _check_callbacks(callbacks):
+    callbacks = getattr(callbacks, "callbacks", callbacks) or []
+    for callback in keras.tree.flatten(callbacks):
+        if (
+            isinstance(callback, keras.callbacks.ModelCheckpoint)
+            and not callback.save_weights_only
+        ):
+            raise ValueError(
+                "`ModelCheckpoint` cannot save the model of an `AdapterBank` "
+                "as a whole. Pass it `save_weights_only=True`, or use "
+                "`keras_vera.callbacks.BestAdapters`, which keeps the best "
+                "of each adapter."
+            )

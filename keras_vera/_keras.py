@@ -8,6 +8,8 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
+import itertools
 import sys
 import weakref
 
@@ -19,6 +21,9 @@ from keras.src.legacy.saving import legacy_h5_format
 from keras.src.saving import object_registration
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.trainers import data_adapters
+from keras.src.trainers.data_adapters import array_slicing
+from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.utils import naming
 
 # Compiled functions that models keep. KerasHub's Gemma 4 has one for
@@ -516,6 +521,37 @@ def synchronize(model):
         model.jax_state_sync()
 
 
+@contextlib.contextmanager
+def values_kept(model):
+    """Gives variables their values back where an error has taken them.
+
+    On JAX, Keras takes them out of a model while it runs, and loses them if
+    the first batch cannot be read.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+
+    def variables():
+        optimizer = getattr(model, "optimizer", None)
+        state = optimizer.variables if optimizer is not None else []
+        return [*model.variables, *model.metrics_variables, *state]
+
+    kept = {id(v): v._value for v in variables()}
+    try:
+        yield
+    except BaseException:
+        synchronize(model)
+        for variable in variables():
+            if variable._value is None:
+                # What is new has not counted anything.
+                value = kept.get(id(variable))
+                if value is None:
+                    value = keras.ops.zeros(variable.shape, variable.dtype)
+                variable._value = value
+        raise
+
+
 def is_traced(x):
     """Says whether `x` has no value yet, as in `jit` and `tf.function`."""
     if keras.backend.backend() == "jax":
@@ -655,3 +691,62 @@ def hidden_group(store, create=False):
 
 def hidden_array(group, name):
     return saving_lib.safe_get_h5_dataset(group, name)[()]
+
+
+def data_kind(x):
+    """Returns the library of a dataset, such as `"tf"`; else `None`."""
+    for kind, is_kind in (
+        ("tf", data_adapters.is_tf_dataset),
+        ("torch", data_adapters.is_torch_dataloader),
+        ("grain", data_adapters.is_grain_dataset),
+    ):
+        if is_kind(x):
+            return kind
+    return None
+
+
+def numpy_batches(data, batch_size, steps):
+    """Yields `(x, y, sample_weight)` of all that `evaluate` takes.
+
+    Args:
+        data: As `validation_data` of `keras.Model.fit`.
+        batch_size: Integer or `None`, of batches that are made of arrays.
+        steps: Integer, the largest number of batches, or `None`.
+    """
+    unpack = data_adapter_utils.unpack_x_y_sample_weight
+    x, y, sample_weight = unpack(data)
+    adapter = data_adapters.get_data_adapter(
+        x, y, sample_weight, batch_size=batch_size or 32
+    )
+    try:
+        for batch in itertools.islice(adapter.get_numpy_iterator(), steps):
+            yield unpack(batch)
+    finally:
+        # The workers of a `PyDataset` read on, also after the last step.
+        if getattr(adapter, "enqueuer", None) is not None:
+            adapter.enqueuer.stop()
+
+
+def split_validation(x, y, sample_weight, validation_split):
+    """Splits arrays as `fit` does; both parts are `(x, y, sample_weight)`."""
+    return array_slicing.train_validation_split(
+        (x, y, sample_weight), validation_split=validation_split
+    )
+
+
+def bound_arguments(method, args, kwargs):
+    """Returns the arguments of a call of `method` by their names."""
+    return dict(inspect.signature(method).bind(*args, **kwargs).arguments)
+
+
+def comparison(model, monitor, mode, min_delta):
+    """Returns what says whether a metric is better than it was.
+
+    `EarlyStopping` knows which metrics of the compiled model go up.
+    """
+    monitoring = keras.callbacks.EarlyStopping(
+        f"val_{monitor}", min_delta=min_delta, mode=mode
+    )
+    monitoring.set_model(model)
+    monitoring._set_monitor_op()
+    return lambda value, best: bool(monitoring._is_improvement(value, best))

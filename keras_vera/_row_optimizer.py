@@ -37,6 +37,9 @@ class TrainsRows:
     rare adapter would make steps that are several times too large. Row 0 is
     the base model and never changes, so its state is that of a row that was
     never trained.
+
+    The count of a row that is stopped, so that it stays as it is whatever its
+    gradient, is kept as its complement, which is negative.
     """
 
     def build(self, variables):
@@ -69,7 +72,9 @@ class TrainsRows:
                 axes = tuple(range(1, len(grad.shape)))
                 has_gradient = ops.any(ops.not_equal(grad, 0), axis=axes)
                 moving = ops.logical_or(moving, has_gradient)
-        moving = ops.logical_and(moving, row > 0)
+        counts = ops.convert_to_tensor(self._row_iterations)
+        may_move = ops.logical_and(counts >= 0, row > 0)
+        moving = ops.logical_and(moving, may_move)
         by_row = variables + _state_by_row(self)
         before = [ops.copy(ops.convert_to_tensor(v)) for v in by_row]
         super().apply(grads, variables)
@@ -78,6 +83,11 @@ class TrainsRows:
             new = ops.convert_to_tensor(variable)
             variable.assign(ops.where(mask, new, old))
         self._row_iterations.assign_add(ops.cast(moving, "int32"))
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        # Whoever stopped rows was part of the `fit` that was saved.
+        stop_rows(self, None)
 
 
 class _CountsRows:
@@ -132,6 +142,32 @@ def train_rows(optimizer):
         if inner.built:
             inner.count_rows()
     return optimizer
+
+
+def row_steps(optimizer):
+    """Returns the steps that each row has made; `None` before the first."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if not getattr(inner, "built", False):
+        return None
+    counts = ops.convert_to_numpy(inner._row_iterations)
+    return np.where(counts < 0, ~counts, counts)
+
+
+def stop_rows(optimizer, rows):
+    """Keeps more rows and their state as they are, or lets all move again.
+
+    Args:
+        optimizer: What `train_rows` returned.
+        rows: List of integers; `None` starts all that were stopped.
+    """
+    steps = row_steps(optimizer)
+    if steps is not None:
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        is_stopped = np.zeros(len(steps), bool)
+        if rows is not None:
+            is_stopped |= ops.convert_to_numpy(inner._row_iterations) < 0
+            is_stopped[rows] = True
+        inner._row_iterations.assign(np.where(is_stopped, ~steps, steps))
 
 
 def reset_rows(optimizer, rows):

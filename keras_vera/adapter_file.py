@@ -135,6 +135,7 @@ def load_adapter(model, filepath):
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
     _base_scope.check_outside(model)
+    _adaptation.check_no_bank(model)
     _keras.synchronize(model)
     paths = _keras.structural_paths(model)
     matrices = _popped_matrices(header, tensors, filepath)

@@ -1,4 +1,5 @@
-import collections
+import itertools
+import os
 import threading
 
 import numpy as np
@@ -8,12 +9,18 @@ from keras import tree
 from keras_vera import _keras
 from keras_vera._adapter_format import check_file_dtype
 from keras_vera._adapter_format import check_filepath
+from keras_vera._bank_batches import without_none
+from keras_vera._bank_data import Batches
+from keras_vera._bank_data import data_of
+from keras_vera._bank_data import validation_of
 from keras_vera._bank_files import BankFiles
-from keras_vera._bank_files import Folder
 from keras_vera._bank_generate import Generator
 from keras_vera._bank_generate import can_generate
 from keras_vera._bank_model import BankModel
-from keras_vera._bank_model import join_ids
+from keras_vera._bank_names import count_examples
+from keras_vera._bank_names import names_of
+from keras_vera._bank_scores import Scores
+from keras_vera._bank_slots import Slots
 from keras_vera._checks import check_integer
 
 
@@ -79,21 +86,15 @@ class AdapterBank:
     def __init__(self, model, capacity, folder=None):
         capacity = check_integer("capacity", capacity, 1)
         self._files = BankFiles(model)
-        self._folder = None if folder is None else Folder(folder)
         self._base = model
         files = self._files
         self.model = BankModel(
             model, files.variables, files.fresh, files.layers, capacity
         )
         self.model.set_classes([0], [files.classes])
-        # Slots by name, least recently used first; and the classes of each.
-        self._slots = collections.OrderedDict()
-        self._classes = {}
-        self._free = list(range(capacity, 0, -1))
-        names = () if folder is None else self._folder.names()
-        # In the order of adding; in a folder, also of what is not in a slot.
-        self._names = dict.fromkeys(sorted(names))
-        self._fitting = frozenset()
+        folder = None if folder is None else os.fspath(folder)
+        self._slots = Slots(self.model, files, folder)
+        self.model.adapters = self._slots
         self._generator = Generator(model)
         self._lock = threading.RLock()
 
@@ -101,19 +102,19 @@ class AdapterBank:
 
     @property
     def capacity(self):
-        return self.model.slots - 1
+        return self._slots.capacity
 
     @property
     def names(self):
         """The names of all adapters, a list."""
         with self._lock:
-            return list(self._names)
+            return list(self._slots.names)
 
     def __len__(self):
-        return len(self._names)
+        return len(self._slots.names)
 
     def __contains__(self, name):
-        return name in self._names
+        return name in self._slots.names
 
     def __iter__(self):
         return iter(self.names)
@@ -127,14 +128,14 @@ class AdapterBank:
                 adapter has. Defaults to `None`: all.
         """
         with self._lock:
-            self._check_new(name)
+            self._slots.check_new(name)
             if classes is None:
                 classes = self._files.classes
             else:
                 classes = check_integer(
                     "classes", classes, 1, self._files.classes
                 )
-            self._put(name, self._files.fresh, classes)
+            self._slots.put(name, self._files.fresh, classes)
 
     def load(self, name, filepath):
         """Loads an adapter file, made by `save` or `keras_vera.save_adapter`.
@@ -149,8 +150,8 @@ class AdapterBank:
                 bank is then as it was.
         """
         with self._lock:
-            self._check_new(name)
-            self._put(name, *self._files.read(filepath))
+            self._slots.check_new(name)
+            self._slots.put(name, *self._files.read(filepath))
 
     def save(self, name, filepath, dtype="float32"):
         """Saves an adapter as `keras_vera.save_adapter` does.
@@ -164,20 +165,15 @@ class AdapterBank:
         filepath = check_filepath(filepath)
         check_file_dtype(dtype)
         with self._lock:
-            self._check_known([name], base=False)
-            (slot,) = self._bring([name])
-            (arrays,) = self.model.read([slot])
-            self._files.write(filepath, arrays, self._classes[name], dtype)
+            self._slots.check_known([name], base=False)
+            self._slots.save(name, filepath, dtype=dtype)
 
     def remove(self, name):
         """Removes an adapter; from a bank with a folder, also its file."""
         with self._lock:
-            self._check_known([name], base=False)
-            self._check_not_fitting(name)
-            if self._folder is not None:
-                self._folder.remove(name)
-            del self._names[name]
-            self._vacate(name)
+            self._slots.check_known([name], base=False)
+            self._slots.check_not_fitting(name)
+            self._slots.remove(name)
 
     def rename(self, name, new_name):
         """Gives an adapter another name.
@@ -187,18 +183,10 @@ class AdapterBank:
             new_name: String, not in the bank yet.
         """
         with self._lock:
-            self._check_known([name], base=False)
-            self._check_new(new_name)
-            self._check_not_fitting(name)
-            if self._folder is not None:
-                self._folder.rename(name, new_name)
-            self._names = {
-                new_name if other == name else other: None
-                for other in self._names
-            }
-            if name in self._slots:
-                self._slots[new_name] = self._slots.pop(name)
-                self._classes[new_name] = self._classes.pop(name)
+            self._slots.check_known([name], base=False)
+            self._slots.check_new(new_name)
+            self._slots.check_not_fitting(name)
+            self._slots.rename(name, new_name)
 
     def grow(self, capacity):
         """Makes room for more adapters; those that there are stay.
@@ -207,11 +195,10 @@ class AdapterBank:
             capacity: Integer, larger than the present capacity.
         """
         with self._lock:
-            old = self.capacity
-            capacity = check_integer("capacity", capacity, old + 1)
-            self._check_not_fitting(None)
-            self.model.grow(capacity)
-            self._free[:0] = range(capacity, old, -1)
+            minimum = self.capacity + 1
+            capacity = check_integer("capacity", capacity, minimum)
+            self._slots.check_not_fitting()
+            self._slots.grow(capacity)
 
     def ids(self, adapters):
         """Returns the `adapter_ids` of names, for `bank.model`.
@@ -222,103 +209,137 @@ class AdapterBank:
         Returns:
             An int32 NumPy array.
         """
-        if self._folder is not None:
+        if self._slots.folder is not None:
             raise ValueError(
                 "A bank with a folder gives no ids, since its adapters come "
                 "and go. Use `bank.predict`, `bank.fit` or `bank.generate` "
                 "with names."
             )
         with self._lock:
-            return self._bring(adapters)
+            return self._slots.bring(names_of(adapters))
 
     # ---- Using and training adapters.
 
-    def predict(self, x, adapters, batch_size=32, **kwargs):
+    def predict(self, x, adapters=None, batch_size=32, **kwargs):
         """Predicts for each example with its own adapter.
 
         Args:
-            x: Inputs of `model`: arrays, or what its preprocessor takes.
+            x: Inputs of `model`: arrays, or what its preprocessor takes. Or a
+                dataset whose batches end with names, `(x, names)` or `(x, y,
+                names)`: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
+                PyTorch `DataLoader`, a grain dataset, or a generator. An
+                empty name there stands for the base model.
             adapters: List with a name for each example; `None` stands for the
-                base model.
-            batch_size: Positive integer. Defaults to `32`.
+                base model. NumPy arrays, pandas series and tensors of strings
+                do as well. Not for a dataset.
+            batch_size: Positive integer, for arrays. Defaults to `32`.
             **kwargs: Further arguments of `keras.Model.predict`.
 
         Returns:
             NumPy array(s) of predictions.
         """
         check_integer("batch_size", batch_size, 1)
-        x = self._preprocessed(x)[0]
-        adapters = _check_count(adapters, x)
         kwargs = {"verbose": 0, **kwargs}
+        data = data_of(self._base, x, adapters=adapters, has_targets=False)
         with self._lock:
-            self._check_known(adapters)
-            outputs = []
-            for part, size in self._parts(adapters, batch_size):
-                ids = self._bring(adapters[part])
-                inputs = join_ids(tree.map_structure(lambda v: v[part], x), ids)
-                outputs.append(
-                    self.model.predict(inputs, batch_size=size, **kwargs)
-                )
+            if isinstance(data, Batches):
+                if self._slots.have_room_for(data.names):
+                    x, *_ = data.joined(self._slots.ids(data.names))
+                    return self.model.predict(x, **kwargs)
+                batches = self._batches(data, kwargs)
+                outputs = [self.model.predict_on_batch(x) for x, *_ in batches]
+                outputs = tree.map_structure(ops.convert_to_numpy, outputs)
+            else:
+                self._slots.check_known(data.names)
+                outputs = []
+                for part, size in self._slots.parts(data.names, batch_size):
+                    inputs, *_ = data.part(part, self._slots.bring)
+                    outputs.append(
+                        self.model.predict(inputs, batch_size=size, **kwargs)
+                    )
         return tree.map_structure(lambda *ys: np.concatenate(ys), *outputs)
 
-    def evaluate(self, x, y, adapters, **kwargs):
+    def evaluate(self, x, y=None, adapters=None, sample_weight=None, **kwargs):
         """Evaluates each example with its own adapter.
 
         Args:
-            x: As in `predict`.
-            y: Targets, an array.
-            adapters: As in `predict`; no more of them than `capacity`.
-            **kwargs: Further arguments of `keras.Model.evaluate`.
+            x: As in `predict`; a dataset has batches `(x, y, names)` or `(x,
+                y, sample_weight, names)`.
+            y: Targets, an array. Not for a dataset.
+            adapters: As in `predict`.
+            sample_weight: As in `keras.Model.evaluate`.
+            **kwargs: Further arguments of `keras.Model.evaluate`. With more
+                different adapters than `capacity`: `batch_size`, `steps`,
+                `return_dict` and `verbose` only.
 
         Returns:
             As `keras.Model.evaluate`.
         """
-        x, y, weights = self._preprocessed(x, y)
-        adapters = _check_count(adapters, x)
-        if weights is not None:
-            kwargs["sample_weight"] = weights
+        data = data_of(self._base, x, y, sample_weight, adapters)
         with self._lock:
-            inputs = join_ids(x, self._bring(adapters))
-            return self.model.evaluate(inputs, y, **kwargs)
+            if self._slots.have_room_for(data.names):
+                x, y, sample_weight = data.joined(self._slots.ids(data.names))
+                return self.model.evaluate(
+                    x, y, sample_weight=sample_weight, **kwargs
+                )
+            return_dict = kwargs.pop("return_dict", False)
+            scores = Scores(self.model, together=True)
+            for batch in self._batches(data, kwargs):
+                scores.add(*batch)
+            found = scores.results()[0]
+            if return_dict:
+                return found
+            return list(found.values()) if len(found) > 1 else found["loss"]
 
-    def fit(self, x, y=None, *, adapters, **kwargs):
+    def fit(
+        self,
+        x,
+        y=None,
+        *,
+        adapters=None,
+        sample_weight=None,
+        validation_data=None,
+        **kwargs,
+    ):
         """Trains many adapters, each by its own examples.
 
         Call `bank.model.compile` first. In arrays, examples are shuffled as
-        in every `fit`; no two adapters influence each other.
+        in every `fit`; no two adapters influence each other. See
+        `keras_vera.callbacks.BestAdapters` for the best of each.
 
         Args:
-            x: As in `predict`.
-            y: Targets, an array.
+            x: As in `evaluate`.
+            y: Targets, an array. Not for a dataset.
             adapters: List with a name for each example, of no more different
                 adapters than `capacity`. `None` stands for the base model,
-                which does not train.
+                which does not train. For a dataset, a list of all names that
+                may occur in it; needed only where the bank has more adapters
+                than `capacity`, as no slot is filled anew while `fit` runs.
+            sample_weight: As in `keras.Model.fit`.
+            validation_data: `(x, y, names)` or `(x, y, sample_weight,
+                names)`, or a dataset of such batches. These adapters need
+                slots, too. Defaults to `None`.
             **kwargs: Further arguments of `keras.Model.fit`.
 
         Returns:
             A `keras.callbacks.History`.
         """
-        x, y, weights = self._preprocessed(x, y)
-        adapters = _check_count(adapters, x)
-        if weights is not None:
-            kwargs["sample_weight"] = weights
+        data = data_of(self._base, x, y, sample_weight, adapters)
+        validation = validation_of(self._base, validation_data)
         with self._lock:
-            self._check_not_fitting(None)
-            inputs = join_ids(x, self._bring(adapters))
-            self._fitting = frozenset(adapters) - {None}
-            try:
-                history = self.model.fit(inputs, y, **kwargs)
-                if self._folder is not None:
-                    self._write(sorted(self._fitting))
-                return history
-            except BaseException:
-                if self._folder is not None:
-                    # What the folder holds is the bank.
-                    for name in self._fitting:
-                        self._vacate(name)
-                raise
-            finally:
-                self._fitting = frozenset()
+            self._slots.check_not_fitting()
+            ids = self._slots.ids_for_fit(data, validation)
+            x, y, sample_weight = data.joined(ids)
+            if validation is not None:
+                validation_data = without_none(validation.joined(ids))
+            with self._slots.training(ids.keys() - {None}):
+                return self.model.fit(
+                    x,
+                    y,
+                    sample_weight=sample_weight,
+                    validation_data=validation_data,
+                    **kwargs,
+                )
 
     def generate(self, prompts, adapters, **kwargs):
         """Generates for each prompt with its own adapter.
@@ -344,164 +365,25 @@ class AdapterBank:
                 "`prompts` must be a list of strings or a dict of arrays. "
                 f"Received: prompts of type {type(prompts).__name__}"
             )
-        adapters = _check_count(adapters, prompts)
+        adapters = names_of(adapters, count_examples(prompts))
         with self._lock:
             self.model.check_base()
             _keras.synchronize(self.model)
-            rows = self.model.rows(self._bring(adapters))
+            rows = self.model.rows(self._slots.bring(adapters))
             return self._generator.generate(rows, prompts, **kwargs)
 
-    # ---- Slots.
-
-    def _put(self, name, arrays, classes):
-        """Adds an adapter that is not in the bank."""
-        if self._folder is not None:
-            self._files.write(self._folder.file(name), arrays, classes)
-        elif not self._free:
+    def _batches(self, data, kwargs):
+        """Yields batches one after the other, each with its own adapters."""
+        kwargs = dict(kwargs)
+        kwargs.pop("verbose", None)
+        steps = kwargs.pop("steps", None)
+        size = kwargs.pop("batch_size", None) or 32
+        if kwargs:
             raise ValueError(
-                f"The bank is full, with {self.capacity} adapters. Call "
-                f"`bank.grow(capacity)` or `bank.remove(name)`. Received: "
-                f"name={name!r}"
+                f"{len(self)} adapters in a bank with capacity="
+                f"{self.capacity} are used batch by batch, without "
+                f"`{next(iter(kwargs))}`. Name no more adapters than fit, or "
+                "leave it out."
             )
-        else:
-            self._fill([name], [(arrays, classes)])
-        self._names[name] = None
-
-    def _bring(self, adapters):
-        """Returns the slots of adapters, which it brings to the device."""
-        self._check_known(adapters)
-        wanted = dict.fromkeys(name for name in adapters if name is not None)
-        for name in wanted:
-            if name in self._slots:
-                self._slots.move_to_end(name)
-        missing = [name for name in wanted if name not in self._slots]
-        if missing:
-            if len({*wanted, *self._fitting}) > self.capacity:
-                raise ValueError(
-                    f"{len(wanted)} different adapters do not fit into a bank "
-                    f"with capacity={self.capacity} at once. Call "
-                    "`bank.grow(capacity)`, or use fewer at a time."
-                )
-            # All files before any change.
-            adapters_read = [
-                self._files.read(self._folder.file(name)) for name in missing
-            ]
-            leaving = [
-                name
-                for name in self._slots
-                if name not in wanted and name not in self._fitting
-            ]
-            for name in leaving[: len(missing) - len(self._free)]:
-                self._vacate(name)
-            self._fill(missing, adapters_read)
-        slots = [0 if name is None else self._slots[name] for name in adapters]
-        return np.array(slots, "int32")
-
-    def _fill(self, names, adapters):
-        slots = [self._free.pop() for _ in names]
-        arrays, classes = zip(*adapters)
-        self.model.write(slots, arrays, list(classes))
-        self._slots.update(zip(names, slots))
-        self._classes.update(zip(names, classes))
-
-    def _vacate(self, name):
-        slot = self._slots.pop(name, None)
-        if slot is not None:
-            del self._classes[name]
-            self.model.set_classes([slot], [0])
-            self._free.append(slot)
-
-    def _write(self, names):
-        slots = [self._slots[name] for name in names]
-        for name, slot in zip(names, slots):
-            (arrays,) = self.model.read([slot])
-            self._files.write(
-                self._folder.file(name), arrays, self._classes[name]
-            )
-
-    def _parts(self, adapters, batch_size):
-        """Yields slices whose adapters fit on the device, and batch sizes."""
-        if self._folder is None:
-            yield slice(0, len(adapters)), batch_size
-            return
-        # So many examples always fit.
-        room = self.capacity - len(self._fitting)
-        size = max(1, min(batch_size, room))
-        start, held = 0, set()
-        for i in range(0, len(adapters), size):
-            names = set(adapters[i : i + size]) - {None}
-            if held and len(held | names) > room:
-                yield slice(start, i), size
-                start, held = i, set()
-            held |= names
-        yield slice(start, len(adapters)), size
-
-    def _preprocessed(self, x, y=None):
-        """Returns x, y and weights as `model` itself would be given them."""
-        weights = None
-        if getattr(self._base, "preprocessor", None) is not None:
-            data = self._base.preprocess_samples(x, y)
-            if isinstance(data, tuple):
-                x, y, weights = (*data, None, None)[:3]
-            else:
-                x = data
-        return tree.map_structure(_as_numpy, (x, y, weights))
-
-    # ---- Checks.
-
-    def _check_new(self, name):
-        if not isinstance(name, str) or not name:
-            raise ValueError(
-                "`name` must be a string that is not empty. "
-                f"Received: name={name!r}"
-            )
-        if name in self._names:
-            raise ValueError(
-                f"The bank has an adapter named {name!r} already. Call "
-                "`bank.remove(name)` first, or take another name."
-            )
-
-    def _check_known(self, adapters, base=True):
-        """Raises for names that are not in the bank; `None` is the base."""
-        unknown = [
-            name
-            for name in dict.fromkeys(adapters)
-            if name not in self._names and not (base and name is None)
-        ]
-        if unknown:
-            shown = ", ".join(map(repr, unknown[:5]))
-            raise ValueError(
-                f"The bank has no adapter named {shown}; it has "
-                f"{len(self._names)}, see `bank.names`."
-            )
-
-    def _check_not_fitting(self, name):
-        """Raises inside `fit`, from a callback: for its adapters, or at all."""
-        if self._fitting and (name is None or name in self._fitting):
-            raise ValueError("Adapters cannot change while `fit` trains them.")
-
-
-def _check_count(adapters, x):
-    """Returns `adapters` as a list, or raises unless it has one per example."""
-    if isinstance(adapters, str) or not hasattr(adapters, "__len__"):
-        raise ValueError(
-            "`adapters` must be a list with a name for each example. "
-            f"Received: adapters={adapters!r}"
-        )
-    first = x if _is_texts(x) else tree.flatten(x)[0]
-    if len(adapters) != len(first) or not len(adapters):
-        raise ValueError(
-            "`adapters` must have one name for each example, at least one. "
-            f"Received: {len(adapters)} names for {len(first)} examples"
-        )
-    return list(adapters)
-
-
-def _is_texts(x):
-    return isinstance(x, list) and all(isinstance(text, str) for text in x)
-
-
-def _as_numpy(x):
-    if x is None or isinstance(x, np.ndarray):
-        return x
-    return ops.convert_to_numpy(x)
+        size = min(size, self._slots.room)
+        return itertools.islice(data.batches(size, self._slots.bring), steps)

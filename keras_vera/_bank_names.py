@@ -1,0 +1,65 @@
+"""Names for each example, and the examples as a model takes them."""
+
+import numpy as np
+from keras import ops
+from keras import tree
+
+
+def names_of(adapters, examples=None, argument="`adapters`"):
+    """Returns names as a list; `None` and empty ones are the base model.
+
+    Args:
+        adapters: List, NumPy array, pandas series or tensor of strings.
+        examples: Integer, how many names there must be, or `None`.
+        argument: String, for messages.
+    """
+    if isinstance(adapters, (str, bytes)) or not hasattr(adapters, "__len__"):
+        raise ValueError(
+            f"{argument} must be a list with a name for each example. "
+            f"Received: adapters={adapters!r}"
+        )
+    if hasattr(adapters, "numpy"):
+        adapters = adapters.numpy()
+    if hasattr(adapters, "tolist"):
+        adapters = adapters.tolist()
+    names = []
+    for name in adapters:
+        if isinstance(name, bytes):
+            name = name.decode()
+        if name is not None and not isinstance(name, str):
+            raise ValueError(
+                f"{argument} must hold names, which are strings, or `None` "
+                f"for the base model. Received: {name!r} (of type "
+                f"{type(name).__name__})"
+            )
+        names.append(None if name is None else str(name) or None)
+    if examples is not None and (len(names) != examples or not names):
+        raise ValueError(
+            f"{argument} must have one name for each example, at least one. "
+            f"Received: {len(names)} names for {examples} examples"
+        )
+    return names
+
+
+def count_examples(x):
+    return len(x if _is_texts(x) else tree.flatten(x)[0])
+
+
+def preprocessed(model, x, y=None, sample_weight=None):
+    """Returns x, y and weights as `model` itself would be given them."""
+    if getattr(model, "preprocessor", None) is not None:
+        data = model.preprocess_samples(x, y, sample_weight)
+        if not isinstance(data, tuple):
+            data = (data,)
+        x, y, sample_weight = (*data, None, None)[:3]
+    return tree.map_structure(as_numpy, (x, y, sample_weight))
+
+
+def _is_texts(x):
+    return isinstance(x, list) and all(isinstance(text, str) for text in x)
+
+
+def as_numpy(x):
+    if x is None or isinstance(x, np.ndarray):
+        return x
+    return ops.convert_to_numpy(x)
