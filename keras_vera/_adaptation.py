@@ -29,13 +29,33 @@ class Adaptation:
         plan="auto",
         output_offsets=None,
         ranks=None,
+        outside=(),
     ):
+        """
+        Args:
+            projection: A `SharedProjection`.
+            targets: What the user asked for, for people to read.
+            d_initial: Float, every entry of d at the start.
+            dropout: Float.
+            bases: List of the parts of the model that are frozen.
+            layers: List of the layers to adapt.
+            plan: String; see `choose_plan`.
+            output_offsets: List of integers; see `attach_vera`.
+            ranks: List of integers.
+            outside: List of layers below the bases that are none of theirs.
+        """
         self.projection = projection
         self.targets = targets
         self.d_initial = d_initial
         self.dropout = dropout
         self.plan = plan
         self.bases = bases
+        # Those of now: what a base gets later, as by `Sequential.add`, is not
+        # of the base.
+        below = [x for base in bases for x in _keras.flatten_layers(base)]
+        self.base_layers = list(
+            {id(x): x for x in below if x not in outside}.values()
+        )
         self.layers = layers
         self.output_offsets = output_offsets or [0] * len(layers)
         self.ranks = ranks or [projection.rank] * len(layers)
@@ -81,13 +101,10 @@ class Adaptation:
 
     def _freeze(self, model):
         targets = {id(layer) for layer in self.layers}
-        in_base = set()
-        for base in self.bases:
-            for layer in _keras.flatten_layers(base):
-                if id(layer) not in in_base:
-                    in_base.add(id(layer))
-                    record = _keras.freeze_own_variables(layer)
-                    self._frozen.append((layer, record))
+        in_base = {id(layer) for layer in self.base_layers}
+        for layer in self.base_layers:
+            record = _keras.freeze_own_variables(layer)
+            self._frozen.append((layer, record))
         for layer in _keras.flatten_layers(model):
             below = {id(below) for below in _keras.flatten_layers(layer)}
             # The flag of a layer hides the variables below it, so it is set
