@@ -6,6 +6,8 @@ import warnings
 import keras
 
 from keras_vera import _keras
+from keras_vera._frozen import FrozenBase
+from keras_vera._frozen import check_state_is_unmoved
 from keras_vera.layers._in_place import adapt_layer
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._in_place import restore_layer
@@ -50,23 +52,16 @@ class Adaptation:
         self.dropout = dropout
         self.plan = plan
         self.bases = bases
-        # Those of now: what a base gets later, as by `Sequential.add`, is not
-        # of the base.
-        below = [x for base in bases for x in _keras.flatten_layers(base)]
-        self.base_layers = list(
-            {id(x): x for x in below if x not in outside}.values()
-        )
         self.layers = layers
         self.output_offsets = output_offsets or [0] * len(layers)
         self.ranks = ranks or [projection.rank] * len(layers)
-        self._frozen = []
-        self._flags = []
+        self.frozen = FrozenBase(bases, layers, dropout, outside=outside)
 
     def apply(self, model):
         """Adapts the layers; on failure, the model is as it was."""
         _keras.synchronize(model)
         try:
-            self._freeze(model)
+            self.frozen.freeze(model)
             for layer, offset, rank in zip(
                 self.layers, self.output_offsets, self.ranks
             ):
@@ -82,7 +77,7 @@ class Adaptation:
                 layer.vera_adaptation = self
             for base in self.bases:
                 _refuse_lora(base)
-            _keras.reset_compiled(self.layers)
+            _keras.reset_compiled(self.frozen.layers)
         except BaseException:
             self.undo(merge=False)
             raise
@@ -94,30 +89,7 @@ class Adaptation:
             if is_adapted(layer):
                 layer.__dict__.pop("vera_adaptation", None)
                 restore_layer(layer, merge=merge)
-        for layer, record in self._frozen:
-            _keras.thaw_own_variables(layer, record)
-        for layer, flag in self._flags:
-            _keras.set_trainable(layer, flag)
-
-    def _freeze(self, model):
-        targets = {id(layer) for layer in self.layers}
-        in_base = {id(layer) for layer in self.base_layers}
-        for layer in self.base_layers:
-            record = _keras.freeze_own_variables(layer)
-            self._frozen.append((layer, record))
-        for layer in _keras.flatten_layers(model):
-            below = {id(below) for below in _keras.flatten_layers(layer)}
-            # The flag of a layer hides the variables below it, so it is set
-            # above every adapter; elsewhere in the base it is off, which also
-            # keeps BatchNormalization from moving its statistics.
-            if targets & below:
-                flag = True
-            elif id(layer) in in_base:
-                flag = False
-            else:
-                continue
-            self._flags.append((layer, layer.trainable))
-            _keras.set_trainable(layer, flag)
+        self.frozen.undo(give_back=not merge)
 
 
 def check_model(model):
@@ -283,19 +255,27 @@ def check_base_is_clean(model, layers):
         )
 
 
+def check_base_is_unmoved(model, layers):
+    """Raises if the base has state that it had not when it was adapted."""
+    frozen = [adaptation.frozen for adaptation in _adaptations(layers)]
+    check_state_is_unmoved(model, frozen)
+
+
 def restore(model, layers, merge):
     _keras.synchronize(model)
-    adaptations = []
     for layer in layers:
-        adaptation = getattr(layer, "vera_adaptation", None)
-        if adaptation is None:
+        if getattr(layer, "vera_adaptation", None) is None:
             restore_layer(layer, merge=merge)
-        elif adaptation not in adaptations:
-            adaptations.append(adaptation)
-    for adaptation in adaptations:
+    for adaptation in _adaptations(layers):
         adaptation.undo(merge=merge)
-        layers = layers + adaptation.layers
+        layers = layers + adaptation.frozen.layers
     _keras.reset_compiled(layers)
+
+
+def _adaptations(layers):
+    """Returns what adapted these layers, each once."""
+    found = [getattr(layer, "vera_adaptation", None) for layer in layers]
+    return list({id(x): x for x in found if x is not None}.values())
 
 
 def _refuse_lora(base):

@@ -6,11 +6,14 @@ release of Keras that changes it breaks this file alone.
 
 import contextlib
 import gc
+import sys
 
 import keras
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.legacy.saving import legacy_h5_format
+from keras.src.saving import object_registration
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
@@ -81,6 +84,15 @@ def own_variables(layer):
     return layer._trainable_variables + layer._non_trainable_variables
 
 
+def untrained_variables(layer):
+    """Returns the weights of `layer` itself that were made not to train.
+
+    Which of the two lists holds a variable says so, whatever flags are set.
+    Seed generators and metrics have lists of their own.
+    """
+    return list(layer._non_trainable_variables)
+
+
 def flatten_layers(model):
     """Returns `model` and every layer below it, each once."""
     return model._flatten_layers()
@@ -124,6 +136,62 @@ def is_training(training):
     return bool(training)
 
 
+def is_in_call():
+    """Returns whether a layer is being called.
+
+    Keras calls a model without a context of calls in `stateless_call`, but
+    in a stateless scope, where nothing else assigns to weights of layers.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    return context is not None or in_stateless_scope()
+
+
+def is_in_inference_call():
+    """Returns whether a call runs, on data, that is known not to train."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return (
+        context is not None
+        and not in_stateless_scope()
+        and not context.get_value("training")
+    )
+
+
+def takes_training(layer):
+    return layer._call_has_training_arg
+
+
+def draws_random_numbers(layer):
+    return bool(layer._seed_generators)
+
+
+# The functions of Keras that give a model other weights.
+_LOADERS = {
+    keras.Layer.set_weights.__code__,
+    saving_lib._load_state.__code__,
+    legacy_h5_format._set_weights.__code__,
+}
+
+
+def is_loading_weights():
+    """Returns whether an assignment comes from a function that loads weights.
+
+    Keras says nowhere that it loads; but its functions are on the stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _LOADERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def share_registered_name(plain_class, new_class):
+    """Lets files name a class as they name the one it takes the place of."""
+    names = object_registration.GLOBAL_CUSTOM_NAMES
+    if plain_class in names:
+        names[new_class] = names[plain_class]
+
+
 def copy_mask(source, target):
     mask = backend.get_keras_mask(source)
     if mask is not None:
@@ -139,18 +207,22 @@ def set_trainable(layer, value):
     layer._trainable = value
 
 
-def freeze_own_variables(layer):
+def freeze_own_variables(layer, kept=frozenset()):
     """Freezes the variables of `layer` itself, whatever is toggled later.
 
     `layer.trainable = True` reaches the variables that are listed as
     trainable, so they move to the other list. They go to its front, as
     `layer.weights`, and with it the order in saved files, is both in turn.
 
+    Args:
+        layer: A layer.
+        kept: Set of the ids of variables that are left alone.
+
     Returns:
         What `thaw_own_variables` needs to undo this.
     """
     frozen = [(v, v.trainable) for v in own_variables(layer)]
-    moved = list(layer._trainable_variables)
+    moved = [v for v in layer._trainable_variables if id(v) not in kept]
     _move(layer, moved, "non_trainable_variables")
     for variable in moved:
         variable.trainable = False

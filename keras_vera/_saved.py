@@ -115,7 +115,7 @@ def _adaptations(paths):
 
 
 def _base_layers(paths):
-    return [x for plan in _adaptations(paths) for x in plan.base_layers]
+    return [x for plan in _adaptations(paths) for x in plan.frozen.layers]
 
 
 def _base_paths(model, paths):

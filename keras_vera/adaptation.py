@@ -39,8 +39,11 @@ def enable_vera(
     layers; the vectors `d` and `b` are trained. `b` starts at 0, so the model
     gives exactly the outputs it gave before.
 
-    Everything else in the base is frozen: kernels, biases, embeddings and
-    norms, whatever `trainable` is set to afterwards. The base is the backbone
+    Everything else in the base is frozen: kernels, biases, embeddings, norms
+    and their statistics, whatever `trainable` is set to afterwards. Layers of
+    the base that keep state, such as `BatchNormalization`, run in inference
+    mode, and what a layer assigns to its variables in a call has no effect.
+    The base is the backbone
     of a KerasHub task (or of any model with a `backbone` attribute, or that
     has KerasHub backbones among its layers), otherwise the whole model. What
     lies outside the base, such as a new task head, stays as trainable as it

@@ -38,9 +38,9 @@ def save_adapter(model, filepath, dtype="float32"):
 
     Raises:
         ValueError: If the model is not adapted, if its kernels hold another
-            adapter from a weights file, if `model.trainable` is `False`, if
-            a number is not finite (in `dtype`), or if an argument makes no
-            sense.
+            adapter from a weights file, if state of its base has moved, if
+            `model.trainable` is `False`, if a number is not finite (in
+            `dtype`), or if an argument makes no sense.
         keras_vera.AdapterFileError: If the file cannot be written. An older
             file is then as it was.
 
@@ -61,6 +61,7 @@ def save_adapter(model, filepath, dtype="float32"):
             "`model.trainable = True` before saving."
         )
     _keras.synchronize(model)
+    _adaptation.check_base_is_unmoved(model, layers)
     paths = _keras.structural_paths(model)
     tensors = {
         name: as_array(name, variable, dtype)
@@ -164,7 +165,7 @@ def _checked_adaptation(
         ranks=[x["rank"] for x in header["layers"].values()],
         **settings,
     )
-    expected = expected_entries(paths, header, adaptation.base_layers, head)
+    expected = expected_entries(paths, header, adaptation.frozen.layers, head)
     _fit.check_entries(expected, tensors, header, filepath)
     _fit.check_biases(layers, biases, filepath)
     _fit.check_dims(projection, layers, header, filepath)

@@ -157,16 +157,25 @@ def restore_layer(layer, merge=False):
 
 @functools.cache
 def _adapted_class(plain_class):
-    """Returns the adapted form of a layer class, made once for each.
+    """Returns the adapted form of a layer class, made once for each."""
+    mixins = (InPlaceVeRA, kind_of(plain_class))
+    return class_like(plain_class, mixins, {})
+
+
+def class_like(plain_class, mixins, namespace):
+    """Returns a class that takes the place of another in an object.
 
     Keras keys saved layers by class name and finds classes by module and
-    name, so the new class goes by the plain one's.
+    name, or by the name they are registered by, so the new class goes by the
+    plain one's.
     """
     namespace = {
         "__module__": plain_class.__module__,
         "__qualname__": plain_class.__qualname__,
         "__doc__": plain_class.__doc__,
         "vera_plain_class": plain_class,
+        **namespace,
     }
-    bases = (InPlaceVeRA, kind_of(plain_class), plain_class)
-    return type(plain_class.__name__, bases, namespace)
+    new_class = type(plain_class.__name__, (*mixins, plain_class), namespace)
+    _keras.share_registered_name(plain_class, new_class)
+    return new_class

@@ -1,0 +1,254 @@
+"""Keeps the base of an adapted model as it is, whatever is trained.
+
+Frozen means the state as well: moving averages, power iterations, counters.
+Layers that own state run in inference mode, as Keras' own frozen
+`BatchNormalization` does, and what a layer assigns to a frozen variable in a
+call has no effect. What slips through is noticed when an adapter is saved,
+and undone when it is disabled.
+"""
+
+import functools
+import inspect
+import warnings
+
+from keras import ops
+
+from keras_vera import _keras
+from keras_vera.layers._in_place import class_like
+from keras_vera.layers._kinds import kind_of
+
+
+class FrozenBase:
+    """What is frozen of a model, and how to undo it.
+
+    Args:
+        bases: List of the layers that get frozen with all layers below.
+        targets: List of the layers that get adapters.
+        dropout: Float, the rate of dropout in the adapters.
+        trained: Set of the ids of variables in the bases that train, and of
+            the state that moves with them.
+        outside: List of layers below the bases that are none of theirs.
+    """
+
+    def __init__(
+        self, bases, targets, dropout=0.0, trained=frozenset(), outside=()
+    ):
+        # Those of now: what a base gets later, as by `Sequential.add`, is not
+        # of the base.
+        layers = [x for base in bases for x in _keras.flatten_layers(base)]
+        left_out = {id(layer) for layer in outside}
+        self.layers = list(
+            {id(x): x for x in layers if id(x) not in left_out}.values()
+        )
+        self._targets = {id(layer) for layer in targets}
+        self._dropout = dropout
+        self._trained = trained
+        self._flags = []
+        self._lists = []
+        self._guarded = []
+        self._in_inference = []
+        # The values that state has, by the id of its variable.
+        self._values = {}
+
+    def freeze(self, model):
+        """Freezes the bases in `model`; on failure, call `undo`."""
+        in_inference = [
+            layer for layer in self.layers if self._wants_inference(layer)
+        ]
+        for layer in self.layers:
+            for variable in self._state(layer):
+                self.note(variable)
+        for layer in self.layers:
+            self._guard(layer)
+            record = _keras.freeze_own_variables(layer, self._trained)
+            self._lists.append((layer, record))
+        for layer in in_inference:
+            self._in_inference.append((layer, type(layer)))
+            layer.__class__ = _inference_class(type(layer))
+        self._set_flags(model)
+
+    def undo(self, give_back):
+        """Unfreezes everything.
+
+        Args:
+            give_back: Whether state gets the values that it had.
+        """
+        for layer, plain_class in reversed(self._in_inference):
+            layer.__class__ = plain_class
+        for variable, plain_class in reversed(self._guarded):
+            variable.__class__ = plain_class
+            del variable.vera_frozen_base
+        if give_back:
+            for variable, value in self._values.values():
+                if not _is_same(variable, value):
+                    variable.assign(value)
+        # A variable may be in two layers: its first record is the true one.
+        for layer, record in reversed(self._lists):
+            _keras.thaw_own_variables(layer, record)
+        for layer, flag in reversed(self._flags):
+            _keras.set_trainable(layer, flag)
+
+    def note(self, variable):
+        """Takes the value of a variable as the one that the base has."""
+        value = ops.convert_to_numpy(variable).copy()
+        self._values[id(variable)] = variable, value
+
+    def is_state(self, variable):
+        return id(variable) in self._values
+
+    def moved_layers(self):
+        """Returns the layers whose state is not what it was."""
+        moved = {
+            key
+            for key, (variable, value) in self._values.items()
+            if not _is_same(variable, value)
+        }
+        return [
+            layer
+            for layer in self.layers
+            if any(id(v) in moved for v in _own_state(layer))
+        ]
+
+    def _state(self, layer):
+        """Returns the variables of a layer that training could move."""
+        return [v for v in _own_state(layer) if id(v) not in self._trained]
+
+    def _guard(self, layer):
+        for variable in _keras.own_variables(layer):
+            is_guarded = hasattr(variable, "vera_frozen_base")
+            if is_guarded or id(variable) in self._trained:
+                continue
+            self._guarded.append((variable, type(variable)))
+            variable.vera_frozen_base = self
+            variable.__class__ = _guarded_class(type(variable))
+
+    def _wants_inference(self, layer):
+        """Whether a layer would compute by other state when it trains.
+
+        Nothing that has to know of training may be in it: it would not be
+        told. There, only the state itself stays.
+        """
+        return (
+            id(layer) not in self._targets
+            and _keras.takes_training(layer)
+            and bool(self._state(layer))
+            and not any(map(self._trains, _keras.flatten_layers(layer)))
+        )
+
+    def _trains(self, layer):
+        """Whether a layer is another one in training, and may be so."""
+        return (
+            _keras.draws_random_numbers(layer)
+            or (id(layer) in self._targets and self._dropout)
+            or self._owns_trained(layer)
+        )
+
+    def _owns_trained(self, layer):
+        own = _keras.own_variables(layer)
+        return any(id(v) in self._trained for v in own)
+
+    def _set_flags(self, model):
+        in_base = {id(layer) for layer in self.layers}
+        trained = {id(x) for x in self.layers if self._owns_trained(x)}
+        shown = self._targets | trained
+        for layer in _keras.flatten_layers(model):
+            below = {id(below) for below in _keras.flatten_layers(layer)}
+            # The flag of a layer hides the variables below it, so it is set
+            # above every variable that trains; elsewhere in the base it is
+            # off.
+            if shown & below:
+                flag = True
+            elif id(layer) in in_base:
+                flag = False
+            else:
+                continue
+            self._flags.append((layer, layer.trainable))
+            _keras.set_trainable(layer, flag)
+
+
+def check_state_is_unmoved(model, bases):
+    """Raises if a part of the base moved that no adapter file holds.
+
+    Args:
+        model: The model, for the message.
+        bases: List of `FrozenBase`.
+    """
+    moved = [layer.name for base in bases for layer in base.moved_layers()]
+    if moved:
+        raise ValueError(
+            f"The base of '{model.name}' is frozen, but the state of "
+            f"{len(moved)} of its layers ({', '.join(sorted(moved)[:5])}) has "
+            "moved since `enable_vera`. An adapter file does not hold it, so "
+            "on the base model it would give other outputs. Do not write to "
+            "the variables of these layers, or call `enable_vera` on a part "
+            "of the model without them. `keras_vera.disable_vera(model)` "
+            "gives the state back; weights that are loaded with "
+            "`load_weights` or `set_weights` count as the base."
+        )
+
+
+def _own_state(layer):
+    """Returns what a layer keeps beside what trains in the plain layer."""
+    if kind_of(type(layer)) and layer.quantization_mode is not None:
+        # A packed kernel and its scales.
+        return []
+    return _keras.untrained_variables(layer)
+
+
+def _is_same(variable, value):
+    return ops.convert_to_numpy(variable).tobytes() == value.tobytes()
+
+
+class _Guarded:
+    """A frozen variable: what a layer assigns to it in a call is dropped.
+
+    Outside of calls it takes what it is given, as when weights are loaded.
+    What moves in every call, not only in training, is frozen as well: it is
+    the same in `predict` as in `fit`. The states of a stateful RNN are no
+    weights of their layer, and the seeds of random numbers have lists of
+    their own; they go on moving.
+    """
+
+    def assign(self, value):
+        if not _keras.is_in_call():
+            value = super().assign(value)
+            base = self.vera_frozen_base
+            if base.is_state(self) and _keras.is_loading_weights():
+                base.note(self)
+            return value
+        if _keras.is_in_inference_call():
+            warnings.warn(
+                f"A layer assigns to '{self.path}' outside of training. The "
+                "variable belongs to the frozen base of a model that is "
+                "adapted with VeRA, so it keeps its value. If it must change, "
+                "call `enable_vera` on a part of the model without it.",
+                stacklevel=2,
+            )
+        return self.value
+
+
+@functools.cache
+def _guarded_class(plain_class):
+    return class_like(plain_class, (_Guarded,), {})
+
+
+class _Inference:
+    """A layer with state that computes the same whether it trains or not."""
+
+    @classmethod
+    def from_config(cls, config):
+        return cls.vera_plain_class.from_config(config)
+
+
+@functools.cache
+def _inference_class(plain_class):
+    plain_call = plain_class.call
+    signature = inspect.signature(plain_call)
+
+    @functools.wraps(plain_call)
+    def call(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs)
+        arguments.arguments["training"] = False
+        return plain_call(*arguments.args, **arguments.kwargs)
+
+    return class_like(plain_class, (_Inference,), {"call": call})
