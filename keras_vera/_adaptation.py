@@ -8,6 +8,7 @@ import keras
 from keras_vera import _keras
 from keras_vera._frozen import FrozenBase
 from keras_vera._frozen import check_state_is_unmoved
+from keras_vera._trained import TrainedInBase
 from keras_vera.layers._in_place import adapt_layer
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._in_place import restore_layer
@@ -32,6 +33,7 @@ class Adaptation:
         output_offsets=None,
         ranks=None,
         outside=(),
+        trained=None,
     ):
         """
         Args:
@@ -45,6 +47,8 @@ class Adaptation:
             output_offsets: List of integers; see `attach_vera`.
             ranks: List of integers.
             outside: List of layers below the bases that are none of theirs.
+            trained: Dict of lists of variables, by layer: what of the bases
+                trains beside the vectors.
         """
         self.projection = projection
         self.targets = targets
@@ -55,7 +59,10 @@ class Adaptation:
         self.layers = layers
         self.output_offsets = output_offsets or [0] * len(layers)
         self.ranks = ranks or [projection.rank] * len(layers)
-        self.frozen = FrozenBase(bases, layers, dropout, outside=outside)
+        self.trained = TrainedInBase(trained, layers)
+        self.frozen = FrozenBase(
+            bases, layers, dropout, self.trained.ids, outside
+        )
 
     def apply(self, model):
         """Adapts the layers; on failure, the model is as it was."""
@@ -75,6 +82,7 @@ class Adaptation:
                     rank,
                 )
                 layer.vera_adaptation = self
+            self.trained.begin()
             for base in self.bases:
                 _refuse_lora(base)
             _keras.reset_compiled(self.frozen.layers)
@@ -85,6 +93,7 @@ class Adaptation:
     def undo(self, merge):
         for base in self.bases:
             base.__dict__.pop("enable_lora", None)
+        self.trained.undo(give_back=not merge)
         for layer in self.layers:
             if is_adapted(layer):
                 layer.__dict__.pop("vera_adaptation", None)
@@ -257,7 +266,7 @@ def check_base_is_clean(model, layers):
 
 def check_base_is_unmoved(model, layers):
     """Raises if the base has state that it had not when it was adapted."""
-    frozen = [adaptation.frozen for adaptation in _adaptations(layers)]
+    frozen = [adaptation.frozen for adaptation in adaptations(layers)]
     check_state_is_unmoved(model, frozen)
 
 
@@ -266,13 +275,13 @@ def restore(model, layers, merge):
     for layer in layers:
         if getattr(layer, "vera_adaptation", None) is None:
             restore_layer(layer, merge=merge)
-    for adaptation in _adaptations(layers):
+    for adaptation in adaptations(layers):
         adaptation.undo(merge=merge)
         layers = layers + adaptation.frozen.layers
     _keras.reset_compiled(layers)
 
 
-def _adaptations(layers):
+def adaptations(layers):
     """Returns what adapted these layers, each once."""
     found = [getattr(layer, "vera_adaptation", None) for layer in layers]
     return list({id(x): x for x in found if x is not None}.values())

@@ -32,7 +32,7 @@ _HEADER_KEYS = {
     "projection_sha256": str,
 }
 # These are left out where they are empty.
-_OPTIONAL_KEYS = ("outside",)
+_OPTIONAL_KEYS = ("outside", "trained")
 _LAYER_KEYS = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
 _OFFSET = "output_offset"  # Follows these, where it is not 0.
 _VECTOR = "vera_lambda_d"

@@ -39,6 +39,7 @@ class BankFiles:
         _check_no_rematerialization(model)
         _keras.synchronize(model)
         self._paths = _keras.structural_paths(model)
+        _check_nothing_more_trains(self._paths)
         self.variables = _saved.trained_variables(self._paths)
         self._header = _saved.make_header(model, self._paths)
         self._expected = _saved.expected_entries(self._paths)
@@ -155,6 +156,21 @@ class Folder:
                 f"'{self.file(name)}' is gone; the folder of a bank must not "
                 "be changed while it is open."
             ) from None
+
+
+def _check_nothing_more_trains(paths):
+    names = [
+        layer.name
+        for plan in _saved.adaptations(paths)
+        for layer in plan.trained.variables
+    ]
+    if names:
+        raise ValueError(
+            "An `AdapterBank` cannot hold what trains in the base beside the "
+            f"vectors: {names[:5]}, {len(names)} layers in all. Call "
+            "`keras_vera.enable_vera` without `train`, on the part of the "
+            "model below its head."
+        )
 
 
 def _check_no_rematerialization(model):

@@ -9,9 +9,11 @@ from keras_vera._checks import check_dropout
 from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera._saved import PAIR
 from keras_vera._saved import entry_name
+from keras_vera._saved import named_variables
 from keras_vera._saved import pair_of
 from keras_vera._saved import used_pair
 from keras_vera._saved import without_head
+from keras_vera._train_targets import trained_variables_of
 from keras_vera.layers._base_layer import kernel_dtype
 from keras_vera.layers._base_layer import kernel_shape
 from keras_vera.layers._base_layer import stored_kernel
@@ -79,6 +81,37 @@ def check_fits(paths, header, filepath, reference=None):
         sha256 = pair_sha256(*used_pair(list(layers.values())))
     _check_pair(sha256, header, filepath)
     return layers
+
+
+def check_trained(layers, paths, header, plan_layers, filepath):
+    """Returns what of the base is to train: lists of variables, by layer.
+
+    Args:
+        layers: Dict of the layers to adapt, by path.
+        paths: Dict of the layers of the model, by structural path.
+        header: Dict, the header of the file.
+        plan_layers: List of the layers of the base.
+        filepath: String, for messages.
+    """
+    in_base = {id(layer) for layer in plan_layers}
+    trained = {}
+    for name in header["trained"]:
+        path = name.rpartition("/")[0]
+        layer = paths.get(path)
+        if id(layer) not in in_base:
+            raise AdapterFileError(
+                f"'{filepath}' belongs to another base: the base has no layer "
+                f"'{path}', which trains there."
+            )
+        variable = named_variables(path, layer).get(name)
+        allowed = {id(v) for v in trained_variables_of(layer, path in layers)}
+        if id(variable) not in allowed:
+            raise AdapterFileError(
+                f"'{filepath}' belongs to another base: '{name}' trains there, "
+                "which the model has not, or cannot train."
+            )
+        trained.setdefault(layer, []).append(variable)
+    return trained
 
 
 def _check_adapted_model(paths, header, filepath):

@@ -206,8 +206,17 @@ class _Guarded:
     What moves in every call, not only in training, is frozen as well: it is
     the same in `predict` as in `fit`. The states of a stateful RNN are no
     weights of their layer, and the seeds of random numbers have lists of
-    their own; they go on moving.
+    their own; they go on moving. It stays frozen when its layer is set to be
+    trainable, as another variable of the layer may train.
     """
+
+    @property
+    def trainable(self):
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        super(_Guarded, type(self)).trainable.fset(self, False)
 
     def assign(self, value):
         if not _keras.is_in_call():

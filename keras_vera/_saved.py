@@ -7,6 +7,7 @@ import numpy as np
 from keras import backend
 from keras import ops
 
+from keras_vera import _adaptation
 from keras_vera import _adapter_format
 from keras_vera import _keras
 from keras_vera._fingerprint import kernel_fingerprint
@@ -24,36 +25,44 @@ _VERSION = metadata.version("keras_vera")
 PAIR = ("rank", "seed", "structure")
 
 
-def trained_variables(paths, base=None, head=True):
+def trained_variables(paths, plan=None, head=True):
     """Returns what an adapter file holds, by structural path and name.
 
     Args:
         paths: Dict of the layers of a model, by structural path.
-        base: List of the layers that will be the base, for a model that is
-            not adapted yet; nothing in them is returned.
+        plan: The `Adaptation` of a model that is not adapted yet; its vectors
+            are missing.
         head: Whether to return what lies outside the base as well.
     """
-    in_base = {id(x) for x in (_base_layers(paths) if base is None else base)}
+    plans = adaptations(paths) if plan is None else [plan]
+    in_base = {id(x) for plan in plans for x in plan.frozen.layers}
+    trained_in_base = {id_ for plan in plans for id_ in plan.trained.ids}
     trained = {}
     for path, layer in paths.items():
         outside = id(layer) not in in_base
-        if base is not None and not outside:
-            continue
         if outside and not head and not is_adapted(layer):
             continue
-        own = _keras.own_variables(layer)
+        own = named_variables(path, layer)
         if is_adapted(layer):
             kept = {id(layer.vera_lambda_d), id(layer.vera_lambda_b)}
-        elif outside and any(v.trainable for v in own):
+        elif outside and any(v.trainable for v in own.values()):
             # A layer outside the base that trains is saved with its state.
-            kept = {id(v) for v in own}
+            kept = {id(v) for v in own.values()}
         else:
             kept = set()
-        for variable in own:
-            if variable.trainable or id(variable) in kept:
-                name = entry_name(path, variable.name, trained)
-                trained[name] = variable
+        if outside or plan is None:
+            kept |= {id(v) for v in own.values() if v.trainable}
+        kept |= trained_in_base
+        trained.update({k: v for k, v in own.items() if id(v) in kept})
     return trained
+
+
+def named_variables(path, layer):
+    """Returns the variables of a layer itself, by their names in files."""
+    named = {}
+    for variable in _keras.own_variables(layer):
+        named[entry_name(path, variable.name, named)] = variable
+    return named
 
 
 def entry_name(path, name, taken):
@@ -66,25 +75,24 @@ def entry_name(path, name, taken):
     return unique
 
 
-def expected_entries(paths, header=None, base=None, head=True):
+def expected_entries(paths, header=None, plan=None, head=True):
     """Returns the shape and dtype of each entry that a file must have.
 
-    For a model that is not adapted yet, `header` and `base` say how it will
+    For a model that is not adapted yet, `header` and `plan` say how it will
     be.
     """
     expected = {
         name: (tuple(variable.shape), _dtype_in_files(variable))
-        for name, variable in trained_variables(paths, base, head).items()
+        for name, variable in trained_variables(paths, plan, head).items()
     }
-    if base is not None:
+    if plan is not None:
         for path in header["layers"]:
             layer = paths[path]
             n = kind_of(type(layer))._make_contraction(layer).n
             rank = header["layers"][path]["rank"]
             sizes = {"vera_lambda_d": rank, "vera_lambda_b": n}
             for name, size in sizes.items():
-                name = entry_name(path, name, expected)
-                expected[name] = (size,), "float32"
+                expected[entry_name(path, name, ())] = (size,), "float32"
     return expected
 
 
@@ -99,8 +107,11 @@ def without_head(header, tensors):
 
 def _is_of_base(path, header):
     """Says whether the layer at `path` is one of the base, or adapted."""
-    return path in header["layers"] or (
-        path not in header["outside"] and _is_below(path, header["bases"])
+    trained = {name.rpartition("/")[0] for name in header["trained"]}
+    return (
+        path in header["layers"]
+        or path in trained
+        or (path not in header["outside"] and _is_below(path, header["bases"]))
     )
 
 
@@ -108,14 +119,9 @@ def _is_below(path, bases):
     return any(f"{path}/".startswith(f"{x}/" if x else "") for x in bases)
 
 
-def _adaptations(paths):
+def adaptations(paths):
     """Returns what `enable_vera` did to layers of a model, each once."""
-    plans = [getattr(x, "vera_adaptation", None) for x in paths.values()]
-    return list({id(p): p for p in plans if p is not None}.values())
-
-
-def _base_layers(paths):
-    return [x for plan in _adaptations(paths) for x in plan.frozen.layers]
+    return _adaptation.adaptations(paths.values())
 
 
 def _base_paths(model, paths):
@@ -125,7 +131,7 @@ def _base_paths(model, paths):
     the backbone, but not the backbone: then they stand for it.
     """
     places = {id(layer): path for path, layer in paths.items()}
-    bases = [base for plan in _adaptations(paths) for base in plan.bases]
+    bases = [base for plan in adaptations(paths) for base in plan.bases]
     bases = list({id(base): base for base in bases}.values())
     found = []
     while bases:
@@ -168,6 +174,7 @@ def make_header(model, paths):
         "targets": "predicate" if callable(targets) else targets,
         "bases": bases,
         "outside": _grown_since(paths, bases),
+        "trained": _trained_in_base(paths),
         "layers": {
             path: {
                 "kernel_shape": list(kernel_shape(layer)),
@@ -188,11 +195,22 @@ def _grown_since(paths, bases):
 
     Such as the head that `Sequential.add` puts on it.
     """
-    in_base = {id(x) for x in _base_layers(paths)}
+    in_base = {id(x) for p in adaptations(paths) for x in p.frozen.layers}
     return [
         path
         for path, layer in paths.items()
         if id(layer) not in in_base and _is_below(path, bases)
+    ]
+
+
+def _trained_in_base(paths):
+    """Returns the entries of the base that train, without state."""
+    ids = {id_ for plan in adaptations(paths) for id_ in plan.trained.trained}
+    return [
+        name
+        for path, layer in paths.items()
+        for name, variable in named_variables(path, layer).items()
+        if id(variable) in ids
     ]
 
 

@@ -6,6 +6,7 @@ import warnings
 
 from keras_vera._checks import check_integer
 from keras_vera._roles import ROLES
+from keras_vera._roles import TRAIN_ROLES
 from keras_vera._roles import adaptable_layers
 from keras_vera.layers._kinds import KINDS
 
@@ -35,7 +36,7 @@ def resolve_targets(targets, exclude, rank, paths):
             for target, own in targets.items()
         }
     else:
-        ranks = dict.fromkeys(_listed("targets", targets), rank)
+        ranks = dict.fromkeys(listed("targets", targets), rank)
     if not ranks:
         _raise_no_target("targets", targets)
     found = {}
@@ -43,7 +44,7 @@ def resolve_targets(targets, exclude, rank, paths):
         for path in _resolve_one("targets", target, paths):
             found[path] = own
     excluded = set()
-    for target in [] if exclude is None else _listed("exclude", exclude):
+    for target in [] if exclude is None else listed("exclude", exclude):
         excluded.update(_resolve_one("exclude", target, paths))
     found = {p: found[p] for p in paths if p in found and p not in excluded}
     if not found:
@@ -54,7 +55,7 @@ def resolve_targets(targets, exclude, rank, paths):
     return _built(found, paths)
 
 
-def _listed(name, targets):
+def listed(name, targets):
     one = isinstance(targets, str) or callable(targets)
     listed = [targets] if one else targets
     if (
@@ -68,8 +69,9 @@ def _listed(name, targets):
 
 def _raise_no_target(name, targets):
     also = ", or a dict of ranks by these" if name == "targets" else ""
+    roles = [*(TRAIN_ROLES if name == "train" else ()), *ROLES]
     raise ValueError(
-        f"`{name}` must be a role ({', '.join(map(repr, ROLES))}), a layer "
+        f"`{name}` must be a role ({', '.join(map(repr, roles))}), a layer "
         "name, a regular expression over layer paths, a predicate that takes "
         f"a layer, or a list of these{also}. Received: {name}={targets!r}"
     )
@@ -111,6 +113,22 @@ def _resolve_one(argument, target, paths):
 
 
 def _named(argument, target, paths, adaptable):
+    """Returns the layers that can be adapted, of this name or so on."""
+    named = matching(argument, target, paths)
+    found = [p for p in named if p in adaptable]
+    if named and not found:
+        types = sorted({type(paths[p]).__name__ for p in named})
+        supported = ", ".join(c.__name__ for c in KINDS)
+        raise ValueError(
+            f"`{argument}` holds {target!r}, which names layers of type "
+            f"{', '.join(types)}. VeRA adapts {supported} layers, and "
+            "subclasses that keep their `call`, unless a model reads their "
+            "private variables."
+        )
+    return found
+
+
+def matching(argument, target, paths):
     """Returns the layers of this name or attribute, or that it matches."""
     named = [
         p
@@ -130,17 +148,7 @@ def _named(argument, target, paths, adaptable):
             for p, layer in paths.items()
             if pattern.fullmatch(p) or pattern.fullmatch(layer.path or "")
         ]
-    found = [p for p in named if p in adaptable]
-    if named and not found:
-        types = sorted({type(paths[p]).__name__ for p in named})
-        supported = ", ".join(c.__name__ for c in KINDS)
-        raise ValueError(
-            f"`{argument}` holds {target!r}, which names layers of type "
-            f"{', '.join(types)}. VeRA adapts {supported} layers, and "
-            "subclasses that keep their `call`, unless a model reads their "
-            "private variables."
-        )
-    return found
+    return named
 
 
 def _raise_nothing(argument, what, paths, adaptable):

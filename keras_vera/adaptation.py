@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_vera import _keras
 from keras_vera._adaptation import Adaptation
+from keras_vera._adaptation import adaptations
 from keras_vera._adaptation import base_paths
 from keras_vera._adaptation import check_adapted
 from keras_vera._adaptation import check_base_is_clean
@@ -18,6 +19,7 @@ from keras_vera._checks import check_dropout
 from keras_vera._checks import check_integer
 from keras_vera._checks import check_plan
 from keras_vera._targets import resolve_targets
+from keras_vera._train_targets import resolve_train
 from keras_vera.projection import SharedProjection
 
 
@@ -27,6 +29,7 @@ def enable_vera(
     seed=0,
     targets="attention-qv",
     exclude=None,
+    train=None,
     d_initial=0.1,
     dropout=0.0,
     structure="dense",
@@ -72,6 +75,13 @@ def enable_vera(
             that are tied. Defaults to `"attention-qv"`.
         exclude: Which of these layers to leave out, given as `targets`, but
             not as a dict. Defaults to `None`.
+        train: What of the base trains in full beside the vectors, such as
+            the head of a flat model: given as `targets`, but not as a dict,
+            and over layers of any type, each with all layers below it. The
+            roles `"norm"` (the scales and offsets of all normalization
+            layers) and `"bias"` (every bias, also of adapted layers) cost a
+            few kilobytes. It is saved with the vectors, kept by `merge` and
+            undone by `disable_vera`. Defaults to `None`.
         d_initial: Float other than 0, every entry of `d` at the start.
             Defaults to `0.1`.
         dropout: Float in `[0, 1)`, the rate of dropout on the inputs of the
@@ -117,6 +127,10 @@ def enable_vera(
     ranks = resolve_targets(targets, exclude, rank, paths)
     for path in ranks:
         check_layer(paths[path], path)
+    layers = [paths[path] for path in ranks]
+    trained = resolve_train(
+        train, layers, paths, _keras.structural_paths(model)
+    )
     warn_about_quantized_logits(model, bases)
     Adaptation(
         projection=SharedProjection(seed, max(ranks.values()), structure),
@@ -124,7 +138,8 @@ def enable_vera(
         d_initial=check_d_initial(d_initial),
         dropout=check_dropout(dropout),
         bases=bases,
-        layers=[paths[path] for path in ranks],
+        layers=layers,
+        trained=trained,
         plan=check_plan(plan),
         ranks=list(ranks.values()),
     ).apply(model)
@@ -210,7 +225,14 @@ def base_model(model):
     check_base_is_clean(model, layers)
     _keras.synchronize(model)
     kept = [(layer, *layer.adapter_values()) for layer in layers]
+    in_base = [
+        (variable, ops.convert_to_numpy(variable).copy(), value)
+        for plan in adaptations(layers)
+        for variable, value in plan.trained.base_values()
+    ]
     try:
+        for variable, _, value in in_base:
+            variable.assign(value)
         for layer, _, bias in kept:
             layer.vera_lambda_b.assign(ops.zeros(layer.vera_lambda_b.shape))
             if bias is not None:
@@ -218,6 +240,8 @@ def base_model(model):
         yield model
     finally:
         _keras.synchronize(model)
+        for variable, own, _ in in_base:
+            variable.assign(own)
         for layer, b, bias in kept:
             layer.vera_lambda_b.assign(b)
             if bias is not None:

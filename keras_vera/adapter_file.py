@@ -7,12 +7,14 @@ from keras_vera import _fit
 from keras_vera import _keras
 from keras_vera._adapter_format import check_file_dtype
 from keras_vera._adapter_format import check_filepath
+from keras_vera._saved import adaptations
 from keras_vera._saved import as_array
 from keras_vera._saved import entry_name
 from keras_vera._saved import expected_entries
 from keras_vera._saved import make_header
 from keras_vera._saved import trained_variables
 from keras_vera._saved import without_head
+from keras_vera._trained import check_all_there
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.projection import EXPLICIT
 
@@ -63,6 +65,7 @@ def save_adapter(model, filepath, dtype="float32"):
     _keras.synchronize(model)
     _adaptation.check_base_is_unmoved(model, layers)
     paths = _keras.structural_paths(model)
+    check_all_there(model, paths, adaptations(paths))
     tensors = {
         name: as_array(name, variable, dtype)
         for name, variable in trained_variables(paths).items()
@@ -122,6 +125,7 @@ def load_adapter(model, filepath, head=True):
         path: tensors.pop(name)
         for path in header["layers"]
         if (name := entry_name(path, "bias", ())) in tensors
+        and name not in header["trained"]
     }
     if not head:
         tensors = without_head(header, tensors)
@@ -155,17 +159,22 @@ def _checked_adaptation(
     )
     _fit.check_kernels(layers, header, filepath)
     _fit.note_ranks(header, tensors, filepath)
+    below = [x for base in bases for x in _keras.flatten_layers(base)]
+    trained = _fit.check_trained(
+        layers, paths, header, [x for x in below if x not in outside], filepath
+    )
     adaptation = _adaptation.Adaptation(
         projection=projection,
         targets=header["targets"],
         bases=bases,
+        trained=trained,
         outside=outside,
         layers=list(layers.values()),
         output_offsets=[x["output_offset"] for x in header["layers"].values()],
         ranks=[x["rank"] for x in header["layers"].values()],
         **settings,
     )
-    expected = expected_entries(paths, header, adaptation.frozen.layers, head)
+    expected = expected_entries(paths, header, adaptation, head)
     _fit.check_entries(expected, tensors, header, filepath)
     _fit.check_biases(layers, biases, filepath)
     _fit.check_dims(projection, layers, header, filepath)

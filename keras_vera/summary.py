@@ -8,6 +8,7 @@ import rich.console
 import rich.table
 
 from keras_vera import _keras
+from keras_vera._adaptation import adaptations
 from keras_vera._adaptation import adapted_layers
 from keras_vera._adaptation import base_paths
 from keras_vera._adaptation import check_adapted
@@ -63,7 +64,8 @@ def summary(model, line_length=None, print_fn=None):
             f"{own_bytes:,}",
             f"{own_lora:,}",
         )
-    trained, trained_bytes = _size(model.trainable_variables)
+    in_base, outside = _others_that_train(model, layers)
+    trained_bytes = vectors * 4 + _size(in_base + outside)[1]
     total, total_bytes = _size(model.weights)
     projection = next(iter(layers.values()))
     _, shared = _size([projection.vera_kernel_a, projection.vera_kernel_b])
@@ -72,8 +74,8 @@ def summary(model, line_length=None, print_fn=None):
         f"seed {projection.projection.seed}",
         table,
         f" Trained by VeRA: {vectors:,} ({_readable(vectors * 4)})",
-        f" Trained outside the base: {trained - vectors:,} "
-        f"({_readable(trained_bytes - vectors * 4)})",
+        *_line_of_trained("in full in the base", in_base),
+        *_line_of_trained("outside the base", outside, always=True),
         f" Adapter file: {_readable(trained_bytes)} and a header; the shared "
         f"random matrices ({_readable(shared)} in memory) are not saved",
         f" LoRA of rank {_LORA_RANK} on these layers would train {lora:,} "
@@ -104,9 +106,30 @@ def _matrices_of_other_layers(model, layers):
         for path, layer in base_paths(model, adaptation.bases).items()
         if kind_of(type(layer)) is None
         for variable in _keras.own_variables(layer)
-        if sum(size > 1 for size in variable.shape) > 1
+        if id(variable) not in adaptation.trained.ids
+        and sum(size > 1 for size in variable.shape) > 1
         and "float" in variable.dtype
     ]
+
+
+def _others_that_train(model, layers):
+    """Returns what trains beside the vectors: in the base, and outside."""
+    plans = adaptations(layers.values())
+    ids = {id_ for plan in plans for id_ in plan.trained.trained}
+    vectors = {id(v) for layer in layers.values() for v in _vectors(layer)}
+    in_base = [v for v in model.variables if id(v) in ids]
+    outside = [
+        v
+        for v in model.trainable_variables
+        if id(v) not in vectors and id(v) not in ids
+    ]
+    return in_base, outside
+
+
+def _line_of_trained(where, variables, always=False):
+    size, in_bytes = _size(variables)
+    if size or always:
+        yield f" Trained {where}: {size:,} ({_readable(in_bytes)})"
 
 
 def _vectors(layer):
