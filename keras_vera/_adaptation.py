@@ -9,6 +9,7 @@ from keras_vera import _keras
 from keras_vera._bank_model import BankModel
 from keras_vera._frozen import FrozenBase
 from keras_vera._frozen import check_state_is_unmoved
+from keras_vera._trained import TrainedInBase
 from keras_vera.layers._in_place import adapt_layer
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._in_place import restore_layer
@@ -33,7 +34,24 @@ class Adaptation:
         plan="auto",
         output_offsets=None,
         ranks=None,
+        outside=(),
+        trained=None,
     ):
+        """
+        Args:
+            projection: A `SharedProjection`.
+            targets: What the user asked for, for people to read.
+            d_initial: Float, every entry of d at the start.
+            dropout: Float.
+            bases: List of the parts of the model that are frozen.
+            layers: List of the layers to adapt.
+            plan: String; see `choose_plan`.
+            output_offsets: List of integers; see `attach_vera`.
+            ranks: List of integers.
+            outside: List of layers below the bases that are none of theirs.
+            trained: Dict of lists of variables, by layer: what of the bases
+                trains beside the vectors.
+        """
         self.projection = projection
         self.targets = targets
         self.d_initial = d_initial
@@ -43,7 +61,10 @@ class Adaptation:
         self.layers = layers
         self.output_offsets = output_offsets or [0] * len(layers)
         self.ranks = ranks or [projection.rank] * len(layers)
-        self.frozen = FrozenBase(bases, layers, dropout)
+        self.trained = TrainedInBase(trained, layers)
+        self.frozen = FrozenBase(
+            bases, layers, dropout, self.trained.ids, outside
+        )
 
     def apply(self, model):
         """Adapts the layers; on failure, the model is as it was."""
@@ -63,6 +84,7 @@ class Adaptation:
                     rank,
                 )
                 layer.vera_adaptation = self
+            self.trained.begin()
             for base in self.bases:
                 _refuse_lora(base)
             _keras.reset_compiled(self.frozen.layers)
@@ -73,6 +95,7 @@ class Adaptation:
     def undo(self, merge):
         for base in self.bases:
             base.__dict__.pop("enable_lora", None)
+        self.trained.undo(give_back=not merge)
         for layer in self.layers:
             if is_adapted(layer):
                 layer.__dict__.pop("vera_adaptation", None)
@@ -86,6 +109,7 @@ class Adaptation:
         """
         for layer in self.layers:
             yield from layer.base_values()
+        yield from self.trained.base_values()
 
 
 def check_model(model):
@@ -279,21 +303,18 @@ def check_base_is_clean(model, layers):
 
 def check_base_is_unmoved(model, layers):
     """Raises if the base has state that it had not when it was adapted."""
-    frozen = [adaptation.frozen for adaptation in _adaptations(layers)]
+    frozen = [adaptation.frozen for adaptation in adaptations(layers)]
     check_state_is_unmoved(model, frozen)
 
 
 def base_values(model, layers):
     """Returns pairs of the variables of `model` with their base values."""
-    adaptations = {}
-    for layer in layers:
-        # A layer of `keras_vera.layers` says it itself.
-        source = getattr(layer, "vera_adaptation", layer)
-        adaptations[id(source)] = source
+    # A layer of `keras_vera.layers` says it itself.
+    sources = [getattr(layer, "vera_adaptation", layer) for layer in layers]
     own = {id(variable) for variable in model.variables}
     return [
         (variable, value)
-        for source in adaptations.values()
+        for source in {id(source): source for source in sources}.values()
         for variable, value in source.base_values()
         if id(variable) in own
     ]
@@ -304,13 +325,13 @@ def restore(model, layers, merge):
     for layer in layers:
         if getattr(layer, "vera_adaptation", None) is None:
             restore_layer(layer, merge=merge)
-    for adaptation in _adaptations(layers):
+    for adaptation in adaptations(layers):
         adaptation.undo(merge=merge)
         layers = layers + adaptation.frozen.layers
     _keras.reset_compiled(layers)
 
 
-def _adaptations(layers):
+def adaptations(layers):
     """Returns what adapted these layers, each once."""
     found = [getattr(layer, "vera_adaptation", None) for layer in layers]
     return list({id(x): x for x in found if x is not None}.values())

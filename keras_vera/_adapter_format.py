@@ -31,6 +31,8 @@ _HEADER_KEYS = {
     "layers": list,
     "projection_sha256": str,
 }
+# These are left out where they are empty.
+_OPTIONAL_KEYS = ("outside", "trained")
 _LAYER_KEYS = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
 _OFFSET = "output_offset"  # Follows these, where it is not 0.
 _VECTOR = "vera_lambda_d"
@@ -82,6 +84,9 @@ def write(filepath, header, tensors):
         for _, layer in sorted(header["layers"].items())
     ]
     header = {**header, "layers": layers, "sha256": _NO_SHA256}
+    for name in _OPTIONAL_KEYS:
+        if not header.get(name):
+            header.pop(name, None)
     # One entry: safetensors writes several in an order that varies.
     metadata = {_HEADER: json.dumps(header, separators=(",", ":"))}
     content = safetensors.numpy.save(tensors, metadata=metadata)
@@ -279,7 +284,10 @@ def _check_header(header, entries):
             raise ValueError(f"its header has {name}={value!r}.")
     if len(header["sha256"]) != len(_NO_SHA256):
         raise ValueError("its SHA-256 has another length.")
-    for name in ("bases", "targets"):
+    for name in _OPTIONAL_KEYS:
+        if not isinstance(header.setdefault(name, []), list):
+            raise ValueError(f"its header has {name}={header[name]!r}.")
+    for name in ("bases", "targets", *_OPTIONAL_KEYS):
         if isinstance(header[name], list) and not all(
             isinstance(item, str) for item in header[name]
         ):

@@ -11,8 +11,9 @@ from keras_vera import _adaptation
 from keras_vera import _adapter_format
 from keras_vera import _bank_heads
 from keras_vera import _base_scope
+from keras_vera import _fit
 from keras_vera import _keras
-from keras_vera import adapter_file
+from keras_vera import _saved
 from keras_vera._adapter_format import EXTENSION
 from keras_vera._adapter_format import AdapterFileError
 from keras_vera._adapter_format import check_filepath
@@ -40,9 +41,10 @@ class BankFiles:
         _check_no_rematerialization(model)
         _keras.synchronize(model)
         self._paths = _keras.structural_paths(model)
-        self.variables = adapter_file.trained_variables(self._paths)
-        self._header = adapter_file.make_header(model, self._paths)
-        self._expected = adapter_file.expected_entries(self._paths)
+        _check_nothing_more_trains(self._paths)
+        self.variables = _saved.trained_variables(self._paths)
+        self._header = _saved.make_header(model, self._paths)
+        self._expected = _saved.expected_entries(self._paths)
         names = {id(v): name for name, v in self.variables.items()}
         self.layers, heads, self.fresh = {}, [], {}
         for layer in self._paths.values():
@@ -73,10 +75,18 @@ class BankFiles:
         # The entries of which an adapter may have the first columns only.
         self._output = self.layers[output][:2] if output is not None else ()
 
-    def read(self, filepath):
-        """Returns the arrays of a file by entry name, padded; and classes."""
+    def read(self, filepath, head=True):
+        """Returns the arrays of a file by entry name, padded; and classes.
+
+        Without `head`, what is outside the base is that of a fresh adapter.
+        """
         header, tensors = _adapter_format.read(filepath)
-        adapter_file.check_fits(self._paths, header, filepath, self._header)
+        if not head:
+            vectors = _saved.without_head(header, tensors)
+            fresh = _saved.without_head(self._header, self.fresh)
+            heads = {x: self.fresh[x] for x in self.fresh if x not in fresh}
+            tensors = {**heads, **vectors}
+        _fit.check_fits(self._paths, header, filepath, self._header)
         classes = self._classes_of(tensors)
         expected = {
             name: ((*shape[:-1], classes), dtype)
@@ -84,14 +94,14 @@ class BankFiles:
             else (shape, dtype)
             for name, (shape, dtype) in self._expected.items()
         }
-        adapter_file.check_entries(expected, tensors, filepath)
+        _fit.check_entries(expected, tensors, header, filepath)
         return {
             name: self._padded(name, array) for name, array in tensors.items()
         }, classes
 
     def write(self, filepath, arrays, classes, dtype="float32"):
         tensors = {
-            name: adapter_file.as_array(
+            name: _saved.as_array(
                 name,
                 array[..., :classes] if name in self._output else array,
                 dtype,
@@ -148,6 +158,21 @@ class Folder:
                 f"'{self.file(name)}' is gone; the folder of a bank must not "
                 "be changed while it is open."
             ) from None
+
+
+def _check_nothing_more_trains(paths):
+    names = [
+        layer.name
+        for plan in _saved.adaptations(paths)
+        for layer in plan.trained.variables
+    ]
+    if names:
+        raise ValueError(
+            "An `AdapterBank` cannot hold what trains in the base beside the "
+            f"vectors: {names[:5]}, {len(names)} layers in all. Call "
+            "`keras_vera.enable_vera` without `train`, on the part of the "
+            "model below its head."
+        )
 
 
 def _check_no_rematerialization(model):

@@ -27,11 +27,19 @@ class FrozenBase:
         dropout: Float, the rate of dropout in the adapters.
         trained: Set of the ids of variables in the bases that train, and of
             the state that moves with them.
+        outside: List of layers below the bases that are none of theirs.
     """
 
-    def __init__(self, bases, targets, dropout=0.0, trained=frozenset()):
+    def __init__(
+        self, bases, targets, dropout=0.0, trained=frozenset(), outside=()
+    ):
+        # Those of now: what a base gets later, as by `Sequential.add`, is not
+        # of the base.
         layers = [x for base in bases for x in _keras.flatten_layers(base)]
-        self.layers = list({id(layer): layer for layer in layers}.values())
+        left_out = {id(layer) for layer in outside}
+        self.layers = list(
+            {id(x): x for x in layers if id(x) not in left_out}.values()
+        )
         self._targets = {id(layer) for layer in targets}
         self._dropout = dropout
         self._trained = trained
@@ -198,8 +206,17 @@ class _Guarded:
     What moves in every call, not only in training, is frozen as well: it is
     the same in `predict` as in `fit`. The states of a stateful RNN are no
     weights of their layer, and the seeds of random numbers have lists of
-    their own; they go on moving.
+    their own; they go on moving. It stays frozen when its layer is set to be
+    trainable, as another variable of the layer may train.
     """
+
+    @property
+    def trainable(self):
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        super(_Guarded, type(self)).trainable.fset(self, False)
 
     def assign(self, value):
         if not _keras.is_in_call():

@@ -92,6 +92,11 @@ def own_variables(layer):
     return layer._trainable_variables + layer._non_trainable_variables
 
 
+def trained_variables(layer):
+    """Returns the weights of `layer` itself that were made to train."""
+    return list(layer._trainable_variables)
+
+
 def untrained_variables(layer):
     """Returns the weights of `layer` itself that were made not to train.
 
@@ -245,6 +250,8 @@ def freeze_own_variables(layer, kept=frozenset()):
     `layer.trainable = True` reaches the variables that are listed as
     trainable, so they move to the other list. They go to its front, as
     `layer.weights`, and with it the order in saved files, is both in turn.
+    Where some are kept, the order allows no move; `_frozen.py` sees to it
+    that such variables refuse to be trainable.
 
     Args:
         layer: A layer.
@@ -254,9 +261,11 @@ def freeze_own_variables(layer, kept=frozenset()):
         What `thaw_own_variables` needs to undo this.
     """
     frozen = [(v, v.trainable) for v in own_variables(layer)]
-    moved = [v for v in layer._trainable_variables if id(v) not in kept]
+    to_freeze = [v for v in layer._trainable_variables if id(v) not in kept]
+    is_whole = len(to_freeze) == len(layer._trainable_variables)
+    moved = to_freeze if is_whole else []
     _move(layer, moved, "non_trainable_variables")
-    for variable in moved:
+    for variable in to_freeze:
         variable.trainable = False
     return moved, frozen
 
@@ -683,7 +692,7 @@ def hidden_group(store, create=False):
     if parent is None:
         return None
     if create:
-        return parent.create_group("keras_vera")
+        return parent.require_group("keras_vera")
     if "keras_vera" not in parent:
         return None
     return saving_lib.safe_get_h5_group(parent, "keras_vera")

@@ -8,6 +8,7 @@ import re
 
 import keras
 
+from keras_vera import _keras
 from keras_vera.layers._kinds import KINDS
 from keras_vera.layers._kinds import family_of
 from keras_vera.layers._kinds import reason_against
@@ -29,6 +30,14 @@ _FUSED = re.compile(r"(.*_)?(qkv|query_key_value)\d*(_.*)?")
 _OUTPUT = re.compile(r"_*(attention_)?(output|out|o)(_.*)?")
 _MLP = re.compile(r"(.*_)?(mlp|ffn?|ffw|feed_?forward)(_.*)?|fc\d")
 
+_NORMS = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+)
+# KerasHub has its own, of many names; not what only holds a norm.
+_NORM = re.compile(r".*norm(alization)?(\dd|gated)?", re.IGNORECASE)
 
 # Layers whose owner reads their private variable, where no adapter shows: by
 # the class of the owner, and the attribute.
@@ -117,6 +126,26 @@ ROLES = {
     "conv": _of_classes(_CONVOLUTION),
     "embedding": _of_classes(keras.layers.Embedding),
 }
+
+
+def _norm(paths):
+    return [p for p, layer in paths.items() if _is_norm(layer)]
+
+
+def _is_norm(layer):
+    """Whether a layer normalizes and has a scale or an offset that trains."""
+    name = type(layer).__name__
+    return bool(_keras.trained_variables(layer)) and (
+        isinstance(layer, _NORMS) or bool(_NORM.fullmatch(name))
+    )
+
+
+def is_bias(variable):
+    return variable.name == "bias" or variable.name.endswith("_bias")
+
+
+# What `train` of `enable_vera` takes beside these. "bias" means variables.
+TRAIN_ROLES = {"norm": _norm, "bias": None}
 
 
 class _Place:

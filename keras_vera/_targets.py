@@ -6,6 +6,7 @@ import warnings
 
 from keras_vera._checks import check_integer
 from keras_vera._roles import ROLES
+from keras_vera._roles import TRAIN_ROLES
 from keras_vera._roles import adaptable_layers
 from keras_vera._roles import refused_layers
 from keras_vera.layers._kinds import reason_against
@@ -36,7 +37,7 @@ def resolve_targets(targets, exclude, rank, paths):
             for target, own in targets.items()
         }
     else:
-        ranks = dict.fromkeys(_listed("targets", targets), rank)
+        ranks = dict.fromkeys(listed("targets", targets), rank)
     if not ranks:
         _raise_no_target("targets", targets)
     found, left = {}, set()
@@ -45,7 +46,7 @@ def resolve_targets(targets, exclude, rank, paths):
         found.update(dict.fromkeys(matched, own))
         left.update(refused)
     excluded = set()
-    for target in [] if exclude is None else _listed("exclude", exclude):
+    for target in [] if exclude is None else listed("exclude", exclude):
         for matched in _resolve_one("exclude", target, paths):
             excluded.update(matched)
     found = {p: found[p] for p in paths if p in found and p not in excluded}
@@ -73,7 +74,7 @@ def _warn_about(refused, paths):
         )
 
 
-def _listed(name, targets):
+def listed(name, targets):
     one = isinstance(targets, str) or callable(targets)
     listed = [targets] if one else targets
     if (
@@ -87,8 +88,9 @@ def _listed(name, targets):
 
 def _raise_no_target(name, targets):
     also = ", or a dict of ranks by these" if name == "targets" else ""
+    roles = [*(TRAIN_ROLES if name == "train" else ()), *ROLES]
     raise ValueError(
-        f"`{name}` must be a role ({', '.join(map(repr, ROLES))}), a layer "
+        f"`{name}` must be a role ({', '.join(map(repr, roles))}), a layer "
         "name, a regular expression over layer paths, a predicate that takes "
         f"a layer, or a list of these{also}. Received: {name}={targets!r}"
     )
@@ -151,6 +153,16 @@ def _in_role(role, paths, adaptable, refused):
 
 
 def _named(argument, target, paths, adaptable, refused):
+    """Returns the layers of this name or so that can be adapted, and not."""
+    named = matching(argument, target, paths)
+    found = [p for p in named if p in adaptable]
+    left = [p for p in named if p in refused]
+    if named and not found and not (left and argument == "exclude"):
+        _raise_refused(argument, repr(target), named, paths)
+    return found, left
+
+
+def matching(argument, target, paths):
     """Returns the layers of this name or attribute, or that it matches."""
     named = [
         p
@@ -170,11 +182,7 @@ def _named(argument, target, paths, adaptable, refused):
             for p, layer in paths.items()
             if pattern.fullmatch(p) or pattern.fullmatch(layer.path or "")
         ]
-    found = [p for p in named if p in adaptable]
-    left = [p for p in named if p in refused]
-    if named and not found and not (left and argument == "exclude"):
-        _raise_refused(argument, repr(target), named, paths)
-    return found, left
+    return named
 
 
 def _raise_refused(argument, what, named, paths):

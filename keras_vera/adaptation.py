@@ -17,6 +17,7 @@ from keras_vera._checks import check_dropout
 from keras_vera._checks import check_integer
 from keras_vera._checks import check_plan
 from keras_vera._targets import resolve_targets
+from keras_vera._train_targets import resolve_train
 from keras_vera.projection import SharedProjection
 
 
@@ -26,6 +27,7 @@ def enable_vera(
     seed=0,
     targets="attention-qv",
     exclude=None,
+    train=None,
     d_initial=0.1,
     dropout=0.0,
     structure="dense",
@@ -73,6 +75,13 @@ def enable_vera(
             that are tied. Defaults to `"attention-qv"`.
         exclude: Which of these layers to leave out, given as `targets`, but
             not as a dict. Defaults to `None`.
+        train: What of the base trains in full beside the vectors, such as
+            the head of a flat model: given as `targets`, but not as a dict,
+            and over layers of any type, each with all layers below it. The
+            roles `"norm"` (the scales and offsets of all normalization
+            layers) and `"bias"` (every bias, also of adapted layers) cost a
+            few kilobytes. It is saved with the vectors, kept by `merge` and
+            undone by `disable_vera`. Defaults to `None`.
         d_initial: Float other than 0, every entry of `d` at the start.
             Defaults to `0.1`.
         dropout: Float in `[0, 1)`, the rate of dropout on the inputs of the
@@ -119,6 +128,10 @@ def enable_vera(
     ranks = resolve_targets(targets, exclude, rank, paths)
     for path in ranks:
         check_layer(paths[path], path)
+    layers = [paths[path] for path in ranks]
+    trained = resolve_train(
+        train, layers, paths, _keras.structural_paths(model)
+    )
     warn_about_quantized_logits(model, bases)
     Adaptation(
         projection=SharedProjection(seed, max(ranks.values()), structure),
@@ -126,7 +139,8 @@ def enable_vera(
         d_initial=check_d_initial(d_initial),
         dropout=check_dropout(dropout),
         bases=bases,
-        layers=[paths[path] for path in ranks],
+        layers=layers,
+        trained=trained,
         plan=check_plan(plan),
         ranks=list(ranks.values()),
     ).apply(model)

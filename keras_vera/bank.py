@@ -137,12 +137,14 @@ class AdapterBank:
                 )
             self._slots.put(name, self._files.fresh, classes)
 
-    def load(self, name, filepath):
+    def load(self, name, filepath, head=True):
         """Loads an adapter file, made by `save` or `keras_vera.save_adapter`.
 
         Args:
             name: String, not in the bank yet.
             filepath: `str` or `pathlib.Path`.
+            head: Boolean, whether to load the task head as well. `False`
+                gives the adapter that of the model. Defaults to `True`.
 
         Raises:
             keras_vera.AdapterFileError: If the file is damaged or belongs to
@@ -151,7 +153,7 @@ class AdapterBank:
         """
         with self._lock:
             self._slots.check_new(name)
-            self._slots.put(name, *self._files.read(filepath))
+            self._slots.put(name, *self._files.read(filepath, head))
 
     def save(self, name, filepath, dtype="float32"):
         """Saves an adapter as `keras_vera.save_adapter` does.

@@ -423,16 +423,27 @@ def _trained_heads(model, family):
     vectors = ("vera_lambda_d", "vera_lambda_b")
     unknown = [
         v.path
-        for v in model.trainable_variables
+        for v in _trained_variables(model)
         if id(v) not in known and v.name not in vectors
     ]
     if unknown:
         raise ValueError(
-            f"What trained outside the backbone of model '{model.name}', "
+            f"What trained beside the vectors of model '{model.name}', "
             f"{unknown}, has no counterpart in Hugging Face transformers. Pass "
-            "`model.backbone` to save its adapter alone."
+            "`model.backbone` to save its adapter without a head; what "
+            "`train` of `enable_vera` lets train cannot be saved for PEFT."
         )
     return heads
+
+
+def _trained_variables(model):
+    layers = _keras.flatten_layers(model)
+    in_base = [
+        variable
+        for plan in _adaptation.adaptations(layers)
+        for variable, _ in plan.trained.base_values()
+    ]
+    return [*model.trainable_variables, *in_base]
 
 
 def _in_peft_terms(modules, prefix):

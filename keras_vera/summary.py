@@ -9,12 +9,13 @@ import rich.console
 import rich.table
 
 from keras_vera import _keras
+from keras_vera._adaptation import adaptations
 from keras_vera._adaptation import adapted_layers
 from keras_vera._adaptation import base_paths
 from keras_vera._adaptation import check_adapted
 from keras_vera._adaptation import check_layer
 from keras_vera._roles import adaptable_layers
-from keras_vera.adapter_file import trained_variables
+from keras_vera._saved import trained_variables
 from keras_vera.layers._base_layer import kernel_shape
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.projection import EXPLICIT
@@ -50,10 +51,10 @@ def summary(model, line_length=None, expand_repeated=False, print_fn=None):
     """
     check_adapted(model)
     layers = adapted_layers(model)
-    trained, trained_bytes = _size(model.trainable_variables)
     vectors, vectors_bytes = _size(
         _trained_of(model, [v for x in layers.values() for v in _vectors(x)])
     )
+    in_base, outside = _others_that_train(model, layers)
     lora = sum(_lora_size(kernel_shape(x)) for x in layers.values())
     total, total_bytes = _size(model.weights)
     lines = [
@@ -61,8 +62,8 @@ def summary(model, line_length=None, expand_repeated=False, print_fn=None):
         f"{_origin(layers.values())}",
         _table(layers, expand_repeated),
         f" Trained by VeRA: {vectors:,} ({_readable(vectors_bytes)})",
-        f" Trained outside the base: {trained - vectors:,} "
-        f"({_readable(trained_bytes - vectors_bytes)})",
+        *_line_of_trained("in full in the base", in_base),
+        *_line_of_trained("outside the base", outside, always=True),
         _file_line(model, layers),
         f" LoRA of rank {_LORA_RANK} on these layers would train {lora:,} "
         f"({_readable(lora * 4)})",
@@ -232,7 +233,8 @@ def _matrices_of_other_layers(model, layers):
         for path, layer in paths.items()
         if not (is_adapted(layer) or _can_adapt(path, adaptable))
         for variable in _keras.own_variables(layer)
-        if sum(size > 1 for size in variable.shape) > 1
+        if id(variable) not in adaptation.trained.ids
+        and sum(size > 1 for size in variable.shape) > 1
         and "float" in variable.dtype
         and not variable.trainable
     }
@@ -246,6 +248,26 @@ def _can_adapt(path, adaptable):
     except ValueError:
         pass  # An equation that holds many matrices, as of experts.
     return False
+
+
+def _others_that_train(model, layers):
+    """Returns what trains beside the vectors: in the base, and outside."""
+    plans = adaptations(layers.values())
+    ids = {id_ for plan in plans for id_ in plan.trained.trained}
+    vectors = {id(v) for layer in layers.values() for v in _vectors(layer)}
+    in_base = _trained_of(model, [v for v in model.variables if id(v) in ids])
+    outside = [
+        v
+        for v in model.trainable_variables
+        if id(v) not in vectors and id(v) not in ids
+    ]
+    return in_base, outside
+
+
+def _line_of_trained(where, variables, always=False):
+    size, in_bytes = _size(variables)
+    if size or always:
+        yield f" Trained {where}: {size:,} ({_readable(in_bytes)})"
 
 
 def _vectors(layer):
