@@ -1,6 +1,7 @@
 import contextlib
 
 from keras_vera import _base_scope
+from keras_vera import _keras
 from keras_vera._adaptation import Adaptation
 from keras_vera._adaptation import base_paths
 from keras_vera._adaptation import base_values
