@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_vera import _keras
+from keras_vera import _legacy_files  # noqa: F401 - serves such files.
 from keras_vera._frozen import FrozenBase
 from keras_vera._frozen import check_state_is_unmoved
 from keras_vera._trained import TrainedInBase

@@ -53,7 +53,7 @@ class InPlaceVeRA:
             self.bias.assign(bias)
 
     def get_config(self):
-        # What is loaded from the file stays frozen, as it is here.
+        # In Keras' own files; elsewhere `_frozen.py` says what is in a config.
         return {**super().get_config(), "trainable": False}
 
     @classmethod
@@ -89,10 +89,18 @@ class InPlaceVeRA:
                 getattr(self, name).assign(array)
             return
         super().load_own_variables(store)
+        is_quantized = self.quantization_mode is not None
+        self.become_base(group is not None and not is_quantized)
+
+    def become_base(self, is_merged=False):
+        """Takes the kernel and the bias that were loaded as the base.
+
+        Args:
+            is_merged: Whether the kernel holds an adapter.
+        """
         self.__dict__.pop("vera_base_bias", None)
         self.reset_vectors()
-        is_quantized = self.quantization_mode is not None
-        self.vera_base_is_merged = group is not None and not is_quantized
+        self.vera_base_is_merged = is_merged
 
     def _check_load_own_variables(self, store):
         # Keras counts all variables of the layer; files lack the adapter's.
