@@ -121,6 +121,9 @@ class InPlaceVeRA:
         rank = self.vera_lambda_d.shape[0]
         if rank != self.projection.rank:
             identity["layer_rank"] = rank
+        adaptation = getattr(self, "vera_adaptation", None)
+        if adaptation is not None and adaptation.trained.names():
+            identity["trained"] = adaptation.trained.names()
         if self.projection.structure == EXPLICIT:
             identity["sha256"] = pair_sha256(*self.projection_slices())
         return identity
