@@ -6,7 +6,7 @@ import warnings
 import keras
 
 from keras_vera import _keras
-from keras_vera._bank_model import BankModel
+from keras_vera import _legacy_files  # noqa: F401 - serves such files.
 from keras_vera._frozen import FrozenBase
 from keras_vera._frozen import check_state_is_unmoved
 from keras_vera._trained import TrainedInBase
@@ -153,7 +153,10 @@ def check_no_bank(model):
     Its adapters are in the bank. What looks like one in its layers is of the
     model that the bank was made on, and not what the bank trains.
     """
-    if any(isinstance(x, BankModel) for x in _keras.flatten_layers(model)):
+    if any(
+        getattr(layer, "vera_is_bank", False)
+        for layer in _keras.flatten_layers(model)
+    ):
         raise ValueError(
             f"`model` must not be that of an `AdapterBank`, nor hold one. "
             f"Received: model '{model.name}'. Use the bank's own methods for "

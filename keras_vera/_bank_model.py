@@ -48,6 +48,8 @@ class BankModel(keras.Model):
         validation: The `Validation` of a running `fit`, or `None`.
     """
 
+    # What takes a model, not a bank, goes by this.
+    vera_is_bank = True
     adapters = None
     validation = None
 

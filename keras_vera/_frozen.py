@@ -86,7 +86,23 @@ class FrozenBase:
         for layer, record in reversed(self._lists):
             _keras.thaw_own_variables(layer, record)
         for layer, flag in reversed(self._flags):
+            vars(layer).pop("get_config", None)
             _keras.set_trainable(layer, flag)
+
+    def was_trainable(self):
+        """Returns the flag that each variable had, by its id."""
+        return {
+            id(variable): flag
+            for _, (_, flags) in self._lists
+            for variable, flag in flags
+        }
+
+    def flag_of(self, layer):
+        """Returns whether the layer itself was trainable."""
+        for other, flag in self._flags:
+            if other is layer:
+                return flag
+        return layer.trainable
 
     def note(self, variable):
         """Takes the value of a variable as the one that the base has."""
@@ -163,7 +179,28 @@ class FrozenBase:
             else:
                 continue
             self._flags.append((layer, layer.trainable))
+            if id(layer) in in_base:
+                _show_in_config(layer, layer.trainable)
             _keras.set_trainable(layer, flag)
+
+
+def _show_in_config(layer, flag):
+    """Lets a config say whether the layer trains in the plain model.
+
+    So that what `clone_model` makes, or what is made from a config, is the
+    plain model. In Keras' own files the layer is frozen as it is here: the
+    optimizer of the file would not fit a model in which more trains.
+    """
+
+    @functools.wraps(layer.get_config)
+    def get_config():
+        # Of the class that the layer has by then.
+        config = type(layer).get_config(layer)
+        if "trainable" in config and not _keras.is_saving_or_loading():
+            config["trainable"] = flag
+        return config
+
+    vars(layer)["get_config"] = get_config
 
 
 def check_state_is_unmoved(model, bases):

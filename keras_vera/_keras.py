@@ -111,6 +111,14 @@ def flatten_layers(model):
     return model._flatten_layers()
 
 
+def flatten_in_order(layer):
+    """Returns the layers below in the order of `Layer.weights`."""
+    found = [layer]
+    for below in layer._layers:
+        found.extend(flatten_in_order(below))
+    return list({id(x): x for x in found}.values())
+
+
 def sub_layers(layer):
     return list(layer._layers)
 
@@ -517,6 +525,34 @@ def _ids_of_constructor_variables(optimizer):
     else:
         variables = optimizer._variables[: len(made._variables)]
     return {id(variable) for variable in variables}
+
+
+def is_saving_or_loading():
+    """Says whether a `.keras` file is written or read.
+
+    Copies and pickles are such files, too. `clone_model`, `to_json` and HDF5
+    files of the older form share no objects.
+    """
+    return objects_being_loaded() is not None
+
+
+def serve_legacy_files(weights_of):
+    """Lets HDF5 files of the older form hold what `weights_of` returns.
+
+    Keras asks one function for the variables of a layer, in their order in
+    such files, and uses their `shape`, `path` and `assign` and their values.
+
+    Args:
+        weights_of: Function that takes a layer and returns a list of what is
+            used as variables, or `None` for Keras' own list.
+    """
+    plain = legacy_h5_format._legacy_weights
+
+    def legacy_weights(layer):
+        weights = weights_of(layer)
+        return plain(layer) if weights is None else weights
+
+    legacy_h5_format._legacy_weights = legacy_weights
 
 
 def objects_being_loaded():

@@ -33,6 +33,14 @@ class TrainedInBase:
         self._values = {}
         self._classes = []
 
+    def names(self):
+        """Returns what trains, in words that are the same in every build."""
+        return [
+            f"{type(layer).__name__}/{v.name}"
+            for layer, own in self.variables.items()
+            for v in own
+        ]
+
     def begin(self):
         """Lets the variables train, once everything else is frozen."""
         for layer, own in self.variables.items():

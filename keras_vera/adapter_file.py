@@ -24,11 +24,12 @@ def save_adapter(model, filepath, dtype="float32"):
     """Saves what was trained: the vectors, and the task head if there is one.
 
     The file holds every trainable variable of `model`, and the state (such as
-    moving averages) of the layers outside the base that train, each under its
-    structural path. The header says how to make the rest: rank, seed and hash
-    of the random matrices, the adapted layers and a fingerprint of their
-    kernels. It is written beside its destination first and then renamed, so a
-    failure leaves an old file as it was.
+    moving averages) of the layers that train in full, outside the base or by
+    `train` of `enable_vera`, each under its structural path. The header says
+    how to make the rest: rank, seed and hash of the random matrices, the
+    adapted layers and a fingerprint of their kernels. It is written beside
+    its destination first and then renamed, so a failure leaves an old file as
+    it was.
 
     Args:
         model: A model on which, or on a part of which, `enable_vera` was

@@ -39,7 +39,7 @@ _OF_MODULE = re.compile(
 _OF_HEAD = re.compile(r"(?P<module>.+)\.(?P<what>weight|bias)")
 
 
-def load_peft_adapter(model, folder):
+def load_peft_adapter(model, folder, head=True):
     """Adapts a KerasHub model with a VeRA adapter of Hugging Face PEFT.
 
     The adapter must have been trained on the Hugging Face model that the
@@ -61,6 +61,9 @@ def load_peft_adapter(model, folder):
         folder: `str` or `pathlib.Path`, the folder that PEFT's
             `save_pretrained` made: `adapter_config.json` and
             `adapter_model.safetensors`.
+        head: Boolean, whether to load what the adapter holds of a head
+            (`modules_to_save`) as well. `False` leaves that of `model` as it
+            is. Defaults to `True`.
 
     Raises:
         keras_vera.AdapterFileError: If the folder cannot be read, is damaged,
@@ -84,6 +87,8 @@ def load_peft_adapter(model, folder):
     tensors = _read_weights(filepath)
     modules, older = modules_of(backbone, family)
     heads = heads_of(model, family)
+    if not head:
+        tensors = _without_heads(tensors, heads, config["modules_to_save"])
     with errors_about(filepath, "does not fit the model"):
         matrices = [tensors.pop(name, None) for name in _MATRICES]
         found, of_heads = _sorted_entries(
@@ -250,7 +255,13 @@ def _read_config(filepath):
             isinstance(target, str) for target in targets or ()
         ):
             raise ValueError(f"it has target_modules={targets!r}.")
+        saved = config.get("modules_to_save") or []
+        if not isinstance(saved, list) or not all(
+            isinstance(module, str) for module in saved
+        ):
+            raise ValueError(f"it has modules_to_save={saved!r}.")
         return {
+            "modules_to_save": saved,
             "r": check_integer("r", config.get("r"), 1),
             "save_projection": bool(config.get("save_projection", True)),
             "projection_prng_key": check_integer(
@@ -307,11 +318,30 @@ def _sorted_entries(tensors, prefix, modules, older, heads):
     if unknown:
         raise ValueError(
             f"it holds {unknown[:5]}, {len(unknown)} entries in all, for which "
-            "the Keras model has no layer."
+            "the Keras model has no layer. If they are of a head, pass "
+            "`head=False`."
         )
     if not found:
         raise ValueError("it holds no vectors.")
     return found, of_heads
+
+
+def _without_heads(tensors, heads, saved):
+    """Returns the entries that are of no head, by its place or by PEFT."""
+
+    def is_of_head(name):
+        path = name.removeprefix(_MODEL)
+        entry = _OF_HEAD.fullmatch(path)
+        return (
+            entry is not None
+            and not _OF_MODULE.fullmatch(path)
+            and (
+                entry["module"] in heads
+                or not set(saved).isdisjoint(entry["module"].split("."))
+            )
+        )
+
+    return {k: v for k, v in tensors.items() if not is_of_head(k)}
 
 
 def _check_module(module, entries, layers, rank):
@@ -341,7 +371,7 @@ def _check_heads(of_heads, heads):
         if received != wanted:
             raise ValueError(
                 f"the head '{module}' has entries of shapes {received}, not "
-                f"{wanted}."
+                f"{wanted}. Pass `head=False` to load the vectors alone."
             )
 
 

@@ -223,6 +223,105 @@ def test_clone_and_config_are_those_of_the_base(x):
     assert {**config, "trainable": True} == plain
 
 
+def make_nested(seed=0):
+    """A model in a model; in its order, trained variables come first."""
+    keras.utils.set_random_seed(seed)
+    layers = [
+        keras.Input((5, 8)),
+        keras.layers.Dense(6, name="first"),
+        keras.layers.BatchNormalization(name="bn"),
+        keras.layers.Dense(4, name="second"),
+    ]
+    inner = keras.Sequential(layers)
+    inner.get_layer("first").trainable = False
+    inputs = keras.Input((5, 8))
+    outputs = keras.layers.Dense(3, name="head")(inner(inputs))
+    model = keras.Model(inputs, outputs)
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        weight.assign(rng.uniform(0.2, 0.8, weight.shape))
+    return model
+
+
+def enabled_nested(train=None):
+    model = make_nested()
+    keras_vera.enable_vera(model, rank=2, targets="second", train=train)
+    spoil(model)
+    for v in model.trainable_variables:
+        if not v.name.startswith("vera_lambda"):
+            v.assign(v + 0.25)
+    return model
+
+
+LEGACY = pytest.mark.filterwarnings(
+    "ignore:You are saving your model as an HDF"
+)
+
+
+@LEGACY
+@pytest.mark.parametrize(
+    "make",
+    [make_adapted, enabled_nested, lambda: enabled_nested(["bias", "norm"])],
+    ids=["flat", "nested", "trained"],
+)
+def test_hdf5_file_of_the_older_form_is_the_merged_model(tmp_path, x, make):
+    model = make()
+    plain = make_model if make is make_adapted else make_nested
+    path = tmp_path / "model.h5"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert adapted(loaded) == []
+    assert largest_difference(predict(loaded, x), predict(model, x)) < 1e-4
+    base = plain()
+    assert largest_difference(predict(base, x), predict(model, x)) > 0.1
+    assert loaded.get_layer("head").trainable
+    base.load_weights(path)
+    assert largest_difference(predict(base, x), predict(model, x)) < 1e-4
+
+
+@LEGACY
+def test_adapted_model_takes_hdf5_files_of_the_older_form(tmp_path, x):
+    base = make_nested(seed=5)
+    base.save(tmp_path / "base.h5")
+    model = enabled_nested(["bias", "norm"])
+    model.load_weights(tmp_path / "base.h5")
+    np.testing.assert_array_equal(predict(model, x), predict(base, x))
+    spoil(model)
+    for v in model.trainable_variables:
+        v.assign(v + 0.25)
+    keras_vera.disable_vera(model)
+    np.testing.assert_array_equal(predict(model, x), predict(base, x))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        keras.models.clone_model,
+        lambda model: type(model).from_config(model.get_config()),
+        lambda model: keras.models.model_from_json(model.to_json()),
+    ],
+    ids=["clone_model", "from_config", "to_json"],
+)
+@pytest.mark.parametrize("make", [make_model, make_nested])
+def test_clones_train_as_the_base_did(copied, make):
+    model = make()
+    expected = copied(model)
+    keras_vera.enable_vera(model, rank=2, targets="all-linear", train="norm")
+    clone = copied(model)
+    assert [type(x) for x in clone._flatten_layers()] == [
+        type(x) for x in expected._flatten_layers()
+    ]
+    assert [(v.shape, v.trainable) for v in clone.variables] == [
+        (v.shape, v.trainable) for v in expected.variables
+    ]
+    assert len(clone.trainable_variables) == len(expected.trainable_variables)
+    with pytest.raises(ValueError, match="set_weights"):
+        clone.set_weights(model.get_weights())
+    # As the README says.
+    keras_vera.merge(model)
+    clone.set_weights(model.get_weights())
+
+
 def test_bfloat16_kernels_are_merged_in_float32(tmp_path, x):
     keras.config.set_dtype_policy("bfloat16")
     try:

@@ -421,6 +421,22 @@ def test_head_of_other_classes_is_refused(tmp_path):
         with pytest.raises(keras_vera.AdapterFileError, match=message):
             keras_vera.load_peft_adapter(model, tmp_path / "peft")
         assert state(model) == before
+    kernel = keras.ops.convert_to_numpy(other.output_dense.kernel).copy()
+    keras_vera.load_peft_adapter(other, tmp_path / "peft", head=False)
+    np.testing.assert_array_equal(other.output_dense.kernel, kernel)
+    hidden = keras_hidden_states(task.backbone)
+    keras_vera.disable_vera(other)
+    keras_vera.load_peft_adapter(task.backbone, tmp_path / "peft", head=False)
+    np.testing.assert_array_equal(keras_hidden_states(task.backbone), hidden)
+    assert len(adapted(task.backbone)) == 2
+
+
+def test_what_trains_in_the_base_has_no_place_in_peft(tmp_path):
+    _, backbone = both_models("bert", tmp_path / "base")
+    keras_vera.enable_vera(backbone, rank=4, train="norm")
+    with pytest.raises(ValueError, match="has no counterpart in Hugging Face"):
+        keras_vera.save_peft_adapter(backbone, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_causal_lm_travels(tmp_path):

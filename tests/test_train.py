@@ -93,7 +93,7 @@ def is_norm(layer):
         ("predictions", HEAD, 0),
         (["predictions", "bias"], sorted({*HEAD, *BIASES}), 0),
         (r"layers/(batch|depthwise).*", None, 2),
-        (is_norm, NORMS[2:], 0),
+        pytest.param(is_norm, NORMS[2:], 0, id="a function"),
     ],
     ids=str,
 )
@@ -183,6 +183,18 @@ def test_weights_files_keep_the_values_of_the_base(tmp_path, x):
     keras_vera.disable_vera(model)
     base = predict(make_model(seed=5), x)
     np.testing.assert_array_equal(predict(model, x), base)
+
+
+def test_weights_of_another_trained_set_are_another_adapter(tmp_path, x):
+    model = enabled("norm")
+    spoil_all(model)
+    model.save_weights(tmp_path / "norm.weights.h5")
+    other = enabled(None)
+    other.load_weights(tmp_path / "norm.weights.h5")
+    assert largest_difference(predict(other, x), predict(model, x)) < 1e-4
+    # On the base, its vectors alone would give other outputs.
+    with pytest.raises(ValueError, match="hold an adapter that"):
+        keras_vera.save_adapter(other, tmp_path / "a.vera.safetensors")
 
 
 def test_keras_file_is_the_merged_model(tmp_path, x):

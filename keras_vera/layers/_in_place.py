@@ -54,7 +54,7 @@ class InPlaceVeRA:
             self.bias.assign(bias)
 
     def get_config(self):
-        # What is loaded from the file stays frozen, as it is here.
+        # In Keras' own files; elsewhere `_frozen.py` says what is in a config.
         return {**super().get_config(), "trainable": False}
 
     @classmethod
@@ -92,10 +92,18 @@ class InPlaceVeRA:
                 getattr(self, name).assign(array)
             return
         super().load_own_variables(store)
+        is_quantized = self.quantization_mode is not None
+        self.become_base(group is not None and not is_quantized)
+
+    def become_base(self, is_merged=False):
+        """Takes the kernel and the bias that were loaded as the base.
+
+        Args:
+            is_merged: Whether the kernel holds an adapter.
+        """
         self.__dict__.pop("vera_base_bias", None)
         self.reset_vectors()
-        is_quantized = self.quantization_mode is not None
-        self.vera_base_is_merged = group is not None and not is_quantized
+        self.vera_base_is_merged = is_merged
 
     def _check_load_own_variables(self, store):
         # Keras counts all variables of the layer; files lack the adapter's.
@@ -116,6 +124,9 @@ class InPlaceVeRA:
         rank = self.vera_lambda_d.shape[0]
         if rank != self.projection.rank:
             identity["layer_rank"] = rank
+        adaptation = getattr(self, "vera_adaptation", None)
+        if adaptation is not None and adaptation.trained.names():
+            identity["trained"] = adaptation.trained.names()
         if self.projection.structure == EXPLICIT:
             identity["sha256"] = pair_sha256(*self.projection_slices())
         return identity
