@@ -303,4 +303,6 @@ def test_summary_shows_it():
     assert f"Trained in full in the base: {numbers} (" in lines[0]
     assert "Trained outside the base: 0 (" in lines[0]
     vectors = (2 + 4) + (2 + 5)
-    assert f"Adapter file: {4 * (numbers + vectors)} B" in lines[0]
+    statistics = 2 * 4
+    size = 4 * (numbers + vectors + statistics)
+    assert f"Adapter file: {size} B" in lines[0]

@@ -49,7 +49,10 @@ def after_adapter(name):
 
     def of_class(layer):
         """A subclass may have it as a property, or for all of its layers."""
-        plain_class = getattr(layer, "vera_plain_class", None)
+        # Classes may have been exchanged several times.
+        plain_class = type(layer)
+        while hasattr(plain_class, "vera_plain_class"):
+            plain_class = plain_class.vera_plain_class
         if not hasattr(plain_class, name):
             return None
         return inspect.getattr_static(plain_class, name)
