@@ -196,6 +196,12 @@ def _show_in_config(layer, flag):
     def get_config():
         # Of the class that the layer has by then.
         config = type(layer).get_config(layer)
+        # Keras' own kind of list refers to the layer, and with it to all that
+        # is known of the base, which HDF5 files of the older form would copy.
+        config = {
+            key: list(value) if isinstance(value, list) else value
+            for key, value in config.items()
+        }
         if "trainable" in config and not _keras.is_saving_or_loading():
             config["trainable"] = flag
         return config
