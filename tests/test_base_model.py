@@ -240,10 +240,9 @@ def test_no_gradient_through_the_base(x):
 
         frozen = [v.value for v in model.non_trainable_variables]
         trainable = [v.value for v in variables]
-        for step in (jax.value_and_grad(stateless),):
-            loss, gradients = step(trainable)
-            _, again = jax.jit(step)(trainable)
-            gradients = [*gradients, *again]
+        step = jax.value_and_grad(stateless)
+        loss, gradients = step(trainable)
+        gradients += jax.jit(step)(trainable)[1]
         expected = np.sum(predict(make_base(), x) ** 2)
         assert float(loss) == pytest.approx(expected, rel=1e-5)
     elif backend() == "tensorflow":
@@ -252,7 +251,7 @@ def test_no_gradient_through_the_base(x):
         def step():
             with tf.GradientTape() as tape:
                 loss = loss_of()
-            return tape.gradient(loss, variables, unconnected_gradients="zero")
+            return [g for g in tape.gradient(loss, variables) if g is not None]
 
         gradients = [*step(), *tf.function(step)()]
     else:
@@ -340,7 +339,8 @@ def test_error_inside_gives_the_adapter_back(x):
             run(x)
         for weight, value in zip(model.weights, start, strict=True):
             np.testing.assert_array_equal(ops.convert_to_numpy(weight), value)
-        assert largest_difference(run_traced(model, x), model(x)) < 1e-5
+        eager = numpy_of(model(x))
+        assert largest_difference(run_traced(model, x), eager) < 1e-5
 
 
 def in_thread(function):
@@ -481,13 +481,16 @@ def error_of(function):
 
 
 def test_training_inside_is_an_error(small, inputs):
-    small.compile("sgd", "mse")
-    labels = np.ones((6, 3))
-    small.fit(inputs, labels, verbose=0)
+    # PyTorch refuses by itself to train where nothing can.
+    head = keras.layers.Dense(2)
+    model = keras.Sequential([keras.Input((5,)), small, head])
+    model.compile("sgd", "mse")
+    labels = np.ones((6, 2))
+    model.fit(inputs, labels, verbose=0)
     expected = predict(small, inputs)
-    with pytest.raises(ValueError, match="was trained inside|No gradients"):
-        with keras_vera.base_model(small):
-            small.fit(inputs, labels, verbose=0)
+    with pytest.raises(ValueError, match="was trained inside"):
+        with keras_vera.base_model(model):
+            model.fit(inputs, labels, verbose=0)
     np.testing.assert_array_equal(predict(small, inputs), expected)
 
 
