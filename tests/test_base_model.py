@@ -220,6 +220,43 @@ def test_direct_preference_optimization(rng, mode):
         )
 
 
+def test_uncompiled_steps_of_jax(x):
+    if backend() != "jax":
+        pytest.skip("There, variables have no values in the middle of `fit`.")
+
+    class Distilled(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.policy = make_small()
+            keras_vera.enable_vera(self.policy, 2, targets="all-linear")
+            spoil(self.policy)
+            self.seen = []
+
+        def call(self, x):
+            return self.policy(x)
+
+        def train_step(self, state, data):
+            with keras_vera.base_model(self.policy):
+                y, _ = self.stateless_call(state[0], state[1], data[0])
+            self.seen.append(y)
+            return super().train_step(state, data)
+
+    x = np.linspace(-1, 1, 40, dtype="float32").reshape(8, 5)
+    vectors = []
+    for run_eagerly in (True, False):
+        model = Distilled()
+        model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=run_eagerly)
+        model.fit(x, np.ones((8, 3)), 2, shuffle=False, verbose=0)
+        vectors.append(numpy_of([v.value for v in model.trainable_variables]))
+        if run_eagerly:
+            assert len(model.seen) == 4
+            seen = np.concatenate(model.seen)
+            base = numpy_of(make_small()(x))
+            assert largest_difference(seen, base) < 1e-6
+    for eager, compiled in zip(*vectors, strict=True):
+        assert largest_difference(eager, compiled) < 1e-6
+
+
 def test_no_gradient_through_the_base(x):
     model = make_model()
     base = model.get_layer("last")
