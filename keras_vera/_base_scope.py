@@ -83,7 +83,7 @@ def base_scope(model, values, others=()):
         others: List of the variables of its adapter that the base may have
             with any value; they must not be changed in the block.
     """
-    for variable, _ in values:
+    for variable in [*(v for v, _ in values), *others]:
         if type(variable) is keras.Variable:
             variable.__class__ = BasedVariable
     scope = _Scope(model, values)

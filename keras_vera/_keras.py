@@ -628,9 +628,29 @@ def reading_place():
         # Keras' `jax.core` has no name for it.
         from jax._src.core import trace_state_clean
 
-        is_traced = in_stateless_scope() or not trace_state_clean()
-        return True if is_traced else None
+        is_alone = (
+            in_stateless_scope()
+            or not trace_state_clean()
+            or _is_in_step_of_jax()
+        )
+        return True if is_alone else None
     return True
+
+
+def _is_in_step_of_jax():
+    """Says whether a step of Keras' trainer is running, as `run_eagerly` does.
+
+    Variables have no values there, and what the trainer would bring them up to
+    date with is one step old, which a callback cannot be told from. The step
+    is called by an inner function of the trainer, `iterator_step`.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "iterator_step" and "trainer" in code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_read_at(place, value):

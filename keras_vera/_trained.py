@@ -5,6 +5,7 @@ import functools
 from keras import ops
 
 from keras_vera import _keras
+from keras_vera._base_scope import suspended
 from keras_vera.layers._in_place import class_like
 
 
@@ -101,6 +102,7 @@ class _Trained:
     def from_config(cls, config):
         return cls.vera_plain_class.from_config(config)
 
+    @suspended()
     def save_own_variables(self, store):
         super().save_own_variables(store)
         group = _keras.hidden_group(store, create=True)
@@ -108,6 +110,7 @@ class _Trained:
             for i, value in enumerate(self.vera_trained.values_of(self)):
                 group[f"base_{i}"] = value
 
+    @suspended()
     def load_own_variables(self, store):
         super().load_own_variables(store)
         group = _keras.hidden_group(store)
