@@ -6,7 +6,7 @@ new seeds, does not stop at a failure, and prints what it found.
 
 import collections
 import dataclasses
-import gc
+import itertools
 import os
 import pathlib
 import random
@@ -24,6 +24,7 @@ from habits import Action
 from hypothesis import strategies as st
 
 MINUTES = float(os.environ.get("HABITS_MINUTES", 0))
+RUNS = itertools.count(1)
 
 TARGETS = [
     "all-linear",
@@ -101,7 +102,7 @@ BEGINNINGS = st.one_of(
 SEQUENCES = st.builds(
     lambda start, rest: start + rest,
     BEGINNINGS,
-    st.lists(st.one_of(ACTIONS), min_size=1, max_size=8),
+    st.lists(st.one_of(ACTIONS), min_size=3, max_size=8),
 )
 cases = hypothesis.given(recipe=habit_models.recipes(), actions=SEQUENCES)
 
@@ -125,8 +126,6 @@ def test_habits_for_long(capsys):
         counts["sequences"] += 1
         counts["steps"] += len(actions)
         error = error_of(recipe, actions)
-        if counts["sequences"] % 10 == 0:
-            free()
         if error is None:
             return
         key = key_of(error)
@@ -139,7 +138,7 @@ def test_habits_for_long(capsys):
                 print(f"\n{key}\n{found[key]}", flush=True)
 
     explore = hypothesis.settings(
-        max_examples=50,
+        max_examples=300,
         deadline=None,
         database=None,
         derandomize=False,
@@ -157,7 +156,8 @@ def test_habits_for_long(capsys):
 
 def error_of(recipe, actions):
     """Returns the error with which a case fails, or `None`."""
-    keras.backend.clear_session()
+    if next(RUNS) % 10 == 0:
+        free()
     with tempfile.TemporaryDirectory() as folder:
         try:
             habits.run(recipe, actions, pathlib.Path(folder))
@@ -243,4 +243,4 @@ def free():
         import jax
 
         jax.clear_caches()
-    gc.collect()
+    keras.backend.clear_session(free_memory=True)
