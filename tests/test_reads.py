@@ -5,7 +5,6 @@ import copy
 import keras
 import numpy as np
 import pytest
-from gradients import outputs_and_gradients
 from gradients import squares_and_gradients
 from helpers import largest_difference
 from helpers import predict
@@ -161,27 +160,6 @@ def test_quantized_kernel_is_not_read_in_a_call(case):
     reader.read = public
     keras_vera.disable_vera(model)
     np.testing.assert_allclose(predict(model, x), raw, rtol=1e-6)
-
-
-class Sensitivity(_Reader):
-    """Its output is a gradient, so that it calls and differentiates."""
-
-    def call(self, x):
-        ones = np.ones((len(x), 4), "float32")
-        return outputs_and_gradients(self.inner, x, ones)[1]["x"]
-
-
-@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
-def test_gradients_in_a_call_may_read_the_base(mode):
-    layer = L.Dense(4)
-    x = np.random.default_rng(0).normal(size=(5, 8)).astype("float32")
-    model = keras.Sequential([keras.Input((8,)), layer])
-    layer.quantize(mode)
-    adapt(model)
-    ones = np.ones((len(x), 4), "float32")
-    expected = outputs_and_gradients(layer, x, ones)[1]["x"]
-    received = Sensitivity(layer, None)(x)
-    np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-6)
 
 
 @every_case

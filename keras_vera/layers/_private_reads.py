@@ -60,14 +60,13 @@ def check_read(layer, name):
 
 
 def _is_own(layer, frame):
-    """Whether the layer reads itself, for a purpose that Keras knows.
+    """Whether the layer reads itself, in a method that every layer has.
 
-    Keras' code does so also after the call, when gradients are computed. A
-    method that only a subclass has is there for other layers.
+    A subclass may read its kernel to say which shape or mask it has. A method
+    that only a subclass has is there for other layers.
     """
     while frame is not None and frame.f_locals.get("self") is layer:
-        is_of_keras = frame.f_globals["__name__"].startswith("keras.src.")
-        if is_of_keras or hasattr(keras.Layer, frame.f_code.co_name):
+        if hasattr(keras.Layer, frame.f_code.co_name):
             return True
         frame = frame.f_back
     return False
