@@ -181,14 +181,18 @@ def is_training(training):
     return bool(training)
 
 
+def is_in_layer_call():
+    """Returns whether a layer is being called, or what calls layers."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
 def is_in_call():
     """Returns whether a layer is being called.
 
     Keras calls a model without a context of calls in `stateless_call`, but
     in a stateless scope, where nothing else assigns to weights of layers.
     """
-    context = global_state.get_global_attribute("current_call_ctx")
-    return context is not None or in_stateless_scope()
+    return is_in_layer_call() or in_stateless_scope()
 
 
 def is_in_inference_call():

@@ -20,6 +20,8 @@ from keras_vera.layers._contraction import Contraction
 from keras_vera.layers._contraction import count_tokens
 from keras_vera.layers._contraction import dense_contraction
 from keras_vera.layers._contraction import einsum_contraction
+from keras_vera.layers._private_reads import check_read
+from keras_vera.layers._private_reads import variable_of_base
 from keras_vera.layers._vera_layer import VeRALayer
 from keras_vera.layers._vera_layer import after_adapter
 
@@ -28,11 +30,14 @@ class _MatrixKind(VeRALayer):
     """A layer that multiplies by its kernel."""
 
     activation = after_adapter("activation")
+    _kernel = variable_of_base("_kernel")
+    quantized_kernel = variable_of_base("quantized_kernel")
 
     @property
     def kernel(self):
         if self._shows_adapter:
             return self._shown_kernel()
+        check_read(self, "kernel")
         return super().kernel
 
     def call(self, inputs, training=None):
@@ -43,7 +48,7 @@ class _MatrixKind(VeRALayer):
             return self._added_call(inputs, training=training)
         output = folded_product(
             ops.cast(inputs, self.compute_dtype),
-            ops.convert_to_tensor(self._kernel),
+            ops.convert_to_tensor(stored_kernel(self)),
             self.projection_slices(),
             *self._vectors(),
             self._vera_layout,
@@ -79,10 +84,13 @@ class EinsumDenseKind(_MatrixKind):
 class EmbeddingKind(VeRALayer):
     """A table, `W[i]`: the product with one-hot inputs."""
 
+    _embeddings = variable_of_base("_embeddings")
+
     @property
     def embeddings(self):
         if self._shows_adapter:
             return self._shown_kernel()
+        check_read(self, "embeddings")
         return super().embeddings
 
     def _make_contraction(self):
@@ -162,6 +170,7 @@ class ConvolutionKind(VeRALayer):
     """A convolution, whose kernel is `[positions * channels, filters]`."""
 
     activation = after_adapter("activation")
+    _kernel = variable_of_base("_kernel")
 
     @property
     def kernel(self):
@@ -196,7 +205,7 @@ class ConvolutionKind(VeRALayer):
                     "which an `AdapterBank` cannot mix. Leave this layer out "
                     "of `targets`."
                 )
-            kernel = ops.zeros(self._kernel.shape, self.compute_dtype)
+            kernel = ops.zeros(kernel_shape(self), self.compute_dtype)
             delta = folded_kernel(kernel, pair, *vectors, self._vera_layout)
             return self._convolve(x, delta)
         added = convolution_product(

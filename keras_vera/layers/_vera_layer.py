@@ -307,6 +307,14 @@ class VeRALayer:
         """Whether the kernel can be shown with the adapter in it."""
         return hasattr(self, "vera_lambda_d") and self.quantization_mode is None
 
+    def shows_its_base(self):
+        """Whether those who read the base's kernel now are right to do so."""
+        return (
+            not hasattr(self, "vera_lambda_d")
+            or _is_base_only(self)
+            or self._is_base
+        )
+
     def _shown_kernel(self):
         """Returns the kernel for those who read it, also without a call."""
         if _is_base_only(self) or self._is_base:
