@@ -8,10 +8,11 @@ from keras import ops
 
 from keras_vera import _adaptation
 from keras_vera import _adapter_format
+from keras_vera import _hub
 from keras_vera import _keras
+from keras_vera import hub_adapter
 from keras_vera._adapter_format import AdapterFileError
 from keras_vera._adapter_format import check_file_dtype
-from keras_vera._adapter_format import check_filepath
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._fingerprint import kernel_fingerprint
@@ -46,6 +47,7 @@ def save_adapter(model, filepath, dtype="float32"):
         model: A model on which, or on a part of which, `enable_vera` was
             called, or one that holds `keras_vera.layers`.
         filepath: `str` or `pathlib.Path`. Must end in `.vera.safetensors`.
+            Or a path on the Hugging Face Hub, as `upload_adapter` takes it.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`: how floats are
             stored (those of 64 bits as they are). Half the bytes cost a
             relative error of 2**-11 or 2**-8 in every number. Defaults to
@@ -65,7 +67,7 @@ def save_adapter(model, filepath, dtype="float32"):
     keras_vera.save_adapter(model, "sst2.vera.safetensors")
     ```
     """
-    filepath = check_filepath(filepath)
+    filepath = _hub.check_destination(filepath)
     check_file_dtype(dtype)
     layers = _adaptation.check_adapted(model)
     _adaptation.check_base_is_clean(model, layers)
@@ -90,7 +92,7 @@ def save_adapter(model, filepath, dtype="float32"):
         # No seed makes them again.
         for name in _MATRICES:
             tensors[name] = ops.convert_to_numpy(getattr(projection, name))
-    _adapter_format.write(filepath, make_header(model, paths), tensors)
+    hub_adapter.write(filepath, make_header(model, paths), tensors)
 
 
 def load_adapter(model, filepath):
@@ -104,7 +106,10 @@ def load_adapter(model, filepath):
             the same base weights, and with the same head if the file has one.
             If VeRA is enabled on it, the rank, seed and layers must be those
             of the file.
-        filepath: `str` or `pathlib.Path`, made by `save_adapter`.
+        filepath: `str` or `pathlib.Path`, made by `save_adapter`. Or a path on
+            the Hugging Face Hub: `"hf://user/repo"`, with `@revision` behind
+            it for a branch, tag or commit, and with a name where the file is
+            not `adapter.vera.safetensors`.
 
     Raises:
         keras_vera.AdapterFileError: If the file cannot be read, is damaged,
@@ -120,6 +125,7 @@ def load_adapter(model, filepath):
     keras_vera.load_adapter(classifier, "sst2.vera.safetensors")
     ```
     """
+    filepath = _hub.local_file(filepath)
     header, tensors = _adapter_format.read(filepath)
     if not isinstance(model, keras.Layer):
         raise ValueError(
