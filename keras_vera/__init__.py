@@ -12,6 +12,7 @@ from keras_vera.adaptation import merge as merge
 from keras_vera.adapter_file import load_adapter as load_adapter
 from keras_vera.adapter_file import save_adapter as save_adapter
 from keras_vera.bank import AdapterBank as AdapterBank
+from keras_vera.hub_adapter import upload_adapter as upload_adapter
 from keras_vera.optimizers import vera_optimizer as vera_optimizer
 from keras_vera.peft_adapter import load_peft_adapter as load_peft_adapter
 from keras_vera.peft_adapter import save_peft_adapter as save_peft_adapter
@@ -35,5 +36,6 @@ __all__ = [
     "save_adapter",
     "save_peft_adapter",
     "summary",
+    "upload_adapter",
     "vera_optimizer",
 ]

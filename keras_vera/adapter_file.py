@@ -5,9 +5,10 @@ from keras_vera import _adaptation
 from keras_vera import _adapter_format
 from keras_vera import _base_scope
 from keras_vera import _fit
+from keras_vera import _hub
 from keras_vera import _keras
+from keras_vera import hub_adapter
 from keras_vera._adapter_format import check_file_dtype
-from keras_vera._adapter_format import check_filepath
 from keras_vera._saved import adaptations
 from keras_vera._saved import as_array
 from keras_vera._saved import entry_name
@@ -35,6 +36,7 @@ def save_adapter(model, filepath, dtype="float32"):
         model: A model on which, or on a part of which, `enable_vera` was
             called, or one that holds `keras_vera.layers`.
         filepath: `str` or `pathlib.Path`. Must end in `.vera.safetensors`.
+            Or a path on the Hugging Face Hub, as `upload_adapter` takes it.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`: how floats are
             stored (those of 64 bits as they are). Half the bytes cost a
             relative error of 2**-11 or 2**-8 in every number. Defaults to
@@ -54,7 +56,7 @@ def save_adapter(model, filepath, dtype="float32"):
     keras_vera.save_adapter(model, "sst2.vera.safetensors")
     ```
     """
-    filepath = check_filepath(filepath)
+    filepath = _hub.check_destination(filepath)
     check_file_dtype(dtype)
     layers = _adaptation.check_adapted(model)
     _adaptation.check_base_is_clean(model, layers)
@@ -65,7 +67,7 @@ def save_adapter(model, filepath, dtype="float32"):
             "`model.trainable = True` before saving."
         )
     with _base_scope.suspended():
-        _adapter_format.write(filepath, *_contents(model, layers, dtype))
+        hub_adapter.write(filepath, *_contents(model, layers, dtype))
 
 
 def _contents(model, layers, dtype):
@@ -101,7 +103,10 @@ def load_adapter(model, filepath, head=True):
             the same base weights, and with the same head if the file has one.
             If VeRA is enabled on it, the rank, seed and layers must be those
             of the file.
-        filepath: `str` or `pathlib.Path`, made by `save_adapter`.
+        filepath: `str` or `pathlib.Path`, made by `save_adapter`. Or a path on
+            the Hugging Face Hub: `"hf://user/repo"`, with `@revision` behind
+            it for a branch, tag or commit, and with a name where the file is
+            not `adapter.vera.safetensors`.
         head: Boolean, whether to load what trained outside the base as well,
             such as a task head. `False` leaves it as `model` has it, which
             may have a head of another size. Defaults to `True`.
@@ -120,6 +125,7 @@ def load_adapter(model, filepath, head=True):
     keras_vera.load_adapter(classifier, "sst2.vera.safetensors")
     ```
     """
+    filepath = _hub.local_file(filepath)
     header, tensors = _adapter_format.read(filepath)
     if not isinstance(model, keras.Layer):
         raise ValueError(

@@ -24,7 +24,13 @@ from keras_vera._checks import check_integer
 from keras_vera._peft_families import find_family
 from keras_vera._peft_families import heads_of
 from keras_vera._peft_families import modules_of
+from keras_vera._peft_families import parts_of
 from keras_vera._peft_families import prefix_of
+from keras_vera._peft_parts import join_parts
+from keras_vera._peft_parts import split_parts
+from keras_vera._peft_parts import with_parts
+from keras_vera._peft_pvera import as_vera_config
+from keras_vera._peft_pvera import as_vera_tensors
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
 from keras_vera.projection import SharedProjection
@@ -51,13 +57,14 @@ def load_peft_adapter(model, folder, head=True):
     Biases that PEFT trained (`bias="vera_only"`) belong to the adapter, and
     go with it; heads (`modules_to_save`) are assigned to those of the task.
     `bias="all"`, which trains layers without an adapter, is refused.
+    Of PVeRA's adapters, the means are taken, as PEFT does at inference.
     If PEFT did not save its matrices, they are made again with PyTorch, which
     promises the same numbers for one of its versions and platforms only.
 
     Args:
-        model: A KerasHub backbone or task of one of the families BERT,
-            RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Gemma, Qwen, ViT and
-            DINOv2, with the weights that the adapter was trained on.
+        model: A KerasHub backbone or task of one of the families in
+            `docs/peft.md`, such as BERT, RoBERTa, Llama, Gemma or ViT, with
+            the weights that the adapter was trained on.
         folder: `str` or `pathlib.Path`, the folder that PEFT's
             `save_pretrained` made: `adapter_config.json` and
             `adapter_model.safetensors`.
@@ -86,21 +93,39 @@ def load_peft_adapter(model, folder, head=True):
     filepath = os.path.join(folder, _WEIGHTS)
     tensors = _read_weights(filepath)
     modules, older = modules_of(backbone, family)
+    parts = parts_of(backbone, family)
+    known = with_parts(modules, parts)
     heads = heads_of(model, family)
     if not head:
         tensors = _without_heads(tensors, heads, config["modules_to_save"])
     with errors_about(filepath, "does not fit the model"):
+        tensors = as_vera_tensors(tensors, config["halves"])
         matrices = [tensors.pop(name, None) for name in _MATRICES]
         found, of_heads = _sorted_entries(
-            tensors, family.prefix, modules, older, heads
+            tensors, family.prefix, known, older, heads
         )
+        shares = {x: len(names) for names in parts.values() for x in names}
+        rows, columns = 0, 0
+        for module, entries in found.items():
+            share = shares.get(module, 1)
+            m, n = _check_module(
+                module, entries, known[module], share, config["r"]
+            )
+            rows, columns = max(rows, m), max(columns, n)
+        _check_heads(of_heads, heads)
+        absent = all(x is None for x in matrices)
+        if absent and not config["save_projection"]:
+            matrices = _peft_matrices(config, rows, columns)
+        _check_matrices(matrices, config["r"], rows, columns)
+        matrices = matrices[0][:, :rows], matrices[1][:columns]
+        found, matrices, starts = join_parts(found, matrices, parts, modules)
         layers, offsets, values = [], [], []
         for module, entries in found.items():
-            offset = 0
-            _check_module(module, entries, modules[module], config["r"])
+            offset = starts.get(module, 0)
+            first = offset
             for layer in modules[module]:
                 n = _contraction(layer).n
-                part = slice(offset, offset + n)
+                part = slice(offset - first, offset - first + n)
                 layers.append(layer)
                 offsets.append(offset)
                 values.append(
@@ -110,19 +135,9 @@ def load_peft_adapter(model, folder, head=True):
                     }
                 )
                 offset += n
-        _check_heads(of_heads, heads)
-        rows = max(_contraction(layer).m for layer in layers)
-        columns = max(
-            offset + _contraction(layer).n
-            for offset, layer in zip(offsets, layers)
-        )
-        absent = all(x is None for x in matrices)
-        if absent and not config["save_projection"]:
-            matrices = _peft_matrices(config, rows, columns)
-        _check_matrices(matrices, config["r"], rows, columns)
         projection = SharedProjection.from_matrices(
-            np.ascontiguousarray(matrices[0].T[:rows]),
-            np.ascontiguousarray(matrices[1].T[:, :columns]),
+            np.ascontiguousarray(matrices[0].T),
+            np.ascontiguousarray(matrices[1].T),
         )
     _adaptation.Adaptation(
         projection=projection,
@@ -161,7 +176,7 @@ def save_peft_adapter(model, folder, base_model_name_or_path=None):
 
     Args:
         model: A KerasHub backbone or task, adapted with VeRA, of one of the
-            families that `load_peft_adapter` lists.
+            families that `load_peft_adapter` knows.
         folder: `str` or `pathlib.Path`, made if it does not exist.
         base_model_name_or_path: `str`, the name of the base model for PEFT's
             `AutoPeftModel`. Defaults to `None`.
@@ -187,7 +202,10 @@ def save_peft_adapter(model, folder, base_model_name_or_path=None):
     heads = _trained_heads(model, family)
     _keras.synchronize(model)
     prefix = prefix_of(model, family)
-    tensors, rank = _in_peft_terms(modules, prefix)
+    parts = parts_of(backbone, family)
+    tensors = split_parts(
+        _in_peft_terms(modules, prefix), _MATRICES, _MODEL + prefix, parts
+    )
     for module, layer in heads.items():
         name = f"{_MODEL}{module}"
         tensors[f"{name}.weight"] = ops.convert_to_numpy(layer.kernel).T
@@ -200,8 +218,12 @@ def save_peft_adapter(model, folder, base_model_name_or_path=None):
     config = {
         "peft_type": "VERA",
         "base_model_name_or_path": base_model_name_or_path,
-        "r": rank,
-        "target_modules": [prefix + module for module in modules],
+        "r": len(tensors[_MATRICES[0]]),
+        "target_modules": [
+            prefix + name
+            for module in modules
+            for name in parts.get(module, (module,))
+        ],
         "modules_to_save": sorted({x.split(".")[0] for x in heads}) or None,
         "save_projection": True,
         "projection_prng_key": 0,
@@ -239,7 +261,7 @@ def _contraction(layer):
 
 def _read_config(filepath):
     with errors_about(filepath, "is not the config of a PEFT VeRA adapter"):
-        config = parsed(read_bytes(filepath).decode())
+        config = as_vera_config(parsed(read_bytes(filepath).decode()))
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object.")
         if config.get("peft_type") != "VERA":
@@ -273,6 +295,7 @@ def _read_config(filepath):
             "d_initial": check_d_initial(config.get("d_initial", 0.1)),
             "vera_dropout": check_dropout(config.get("vera_dropout", 0.0)),
             "target_modules": targets,
+            "halves": config["halves"],
         }
 
 
@@ -344,10 +367,14 @@ def _without_heads(tensors, heads, saved):
     return {k: v for k, v in tensors.items() if not is_of_head(k)}
 
 
-def _check_module(module, entries, layers, rank):
+def _check_module(module, entries, layers, share, rank):
+    """Checks the entries, and returns the module's inputs and outputs.
+
+    `share` is the number of modules that share the layers' outputs.
+    """
     for layer in layers:
         _adaptation.check_layer(layer, module)
-    n = sum(_contraction(layer).n for layer in layers)
+    n = sum(_contraction(layer).n for layer in layers) // share
     wanted = {"vera_lambda_d": (rank,), "vera_lambda_b": (n,)}
     if "base_layer.bias" in entries:
         if any(layer.bias is None for layer in layers):
@@ -358,6 +385,7 @@ def _check_module(module, entries, layers, rank):
         raise ValueError(
             f"'{module}' has entries of shapes {received}, not {wanted}."
         )
+    return _contraction(layers[0]).m, n
 
 
 def _check_heads(of_heads, heads):
@@ -403,7 +431,7 @@ def _peft_matrices(config, m, n):
     )
     rank = config["r"]
     # Kaiming-uniform, with the fan-in of the largest layer.
-    return [
+    matrices = [
         torch.empty(shape, dtype=torch.float32)
         .uniform_(
             -math.sqrt(6 / shape[1]),
@@ -411,8 +439,9 @@ def _peft_matrices(config, m, n):
             generator=generator,
         )
         .numpy()
-        for shape in ((rank, m), (n, rank))
+        for shape in ((config["halves"] * rank, m), (n, rank))
     ]
+    return [matrices[0][:rank], matrices[1]]
 
 
 # ---- Writing.
@@ -477,7 +506,7 @@ def _trained_variables(model):
 
 
 def _in_peft_terms(modules, prefix):
-    """Returns the tensors that PEFT has for adapted modules, and their rank.
+    """Returns the tensors that PEFT has for adapted modules.
 
     PEFT's modules use the leading rows of one B. Where the layers of a fused
     module have vectors of their own, each gets channels of its own, in which
@@ -528,7 +557,7 @@ def _in_peft_terms(modules, prefix):
         if has_biases and layers[0].bias is not None:
             biases = [ops.convert_to_numpy(x.bias).reshape(-1) for x in layers]
             tensors[f"{name}.base_layer.bias"] = np.concatenate(biases)
-    return tensors, peft_b.shape[1]
+    return tensors
 
 
 def _channel_groups(layers):
