@@ -348,6 +348,8 @@ class Train(Action):
     changes = True
 
     def do(self, world):
+        if not trains(world):
+            return  # Plain Keras cannot.
         model = world.model
         if self.how == "loop":
             trained = bool(model.trainable_variables)
@@ -609,10 +611,7 @@ class Quantize(Action):
             return
         try:
             world.quantized = True
-            twin, _ = world.plain()
-            world.outputs(twin)
-            twin.compile("sgd", "mse", run_eagerly=True)
-            twin.train_on_batch(world.x, targets(world))
+            world.outputs(world.plain()[0])
         except Exception:
             world.quantized = False  # Plain Keras cannot.
             return
@@ -738,6 +737,21 @@ def targets(world, batches=1):
 def compiled(world):
     if not world.model.compiled:
         Compile().do(world)
+
+
+def trains(world):
+    """Says whether plain Keras trains such a model.
+
+    On PyTorch it does not train a stateful RNN, on no backend all quantized
+    layers.
+    """
+    twin, _ = world.plain()
+    twin.compile("sgd", "mse", run_eagerly=True)
+    try:
+        twin.train_on_batch(world.x, targets(world))
+    except Exception:
+        return False
+    return True
 
 
 def optimizer_of(model):
