@@ -348,6 +348,8 @@ class Train(Action):
     changes = True
 
     def do(self, world):
+        if not trains(world):
+            return  # Plain Keras cannot.
         model = world.model
         if self.how == "loop":
             trained = bool(model.trainable_variables)
@@ -435,7 +437,9 @@ class Save(Action):
             )
             check(same, "file is not what trains")
         model, body = world.twin(world.start)
-        if self.then == "adapted":
+        # A layer that was added later would be adapted as well.
+        alike = len(world.weights) == len(world.truth.order)
+        if self.then == "adapted" and alike:
             world.truth.adapter.enable(model, body)
         keras_vera.load_adapter(model, path)
         equal(world.outputs(model), outputs, "loaded is not saved")
@@ -547,17 +551,18 @@ class SaveModel(Action):
     ending: str = ".keras"
 
     def do(self, world):
-        path = world.path(self.ending)
-        try:
-            world.twin(world.start)[0].save(world.path(self.ending))
-        except Exception:
-            return  # Plain Keras cannot.
-        world.model.save(path)
-        outputs = world.outputs()
-        loaded = keras.saving.load_model(path, compile=False)
+        def saved(model):
+            path = world.path(self.ending)
+            model.save(path)
+            return keras.saving.load_model(path, compile=False)
+
+        if copied(world, saved) is None:
+            return
+        loaded = saved(world.model)
         check(not adapted(loaded), "saved model is adapted")
         if not (world.quantized and world.truth):
-            close(world.outputs(loaded), outputs, "saved is not the model")
+            what = "saved is not the model"
+            close(world.outputs(loaded), world.outputs(), what)
 
 
 @action
@@ -565,38 +570,51 @@ class Copy(Action):
     how: str = "clone"
 
     def do(self, world):
-        made = {
-            "clone": keras.models.clone_model,
+        make = {
+            "clone": cloned,
             "deepcopy": copy.deepcopy,
             "pickle": lambda model: pickle.loads(pickle.dumps(model)),
         }[self.how]
-        twin, _ = world.twin(world.start)
-        try:
-            of_twin = made(twin)
-            of_twin(world.x)
-        except Exception:
-            return  # Plain Keras cannot.
-        made = made(world.model)
-        made(world.x)
+        expected = copied(world, make)
+        if expected is None:
+            return
+        made = make(world.model)
+        world.outputs(made)
         check(not adapted(made), "copy is adapted")
-        check(
-            not any("vera_" in w.path for w in made.weights), "copy has vectors"
-        )
+        extra = [w for w in made.weights if "vera_" in w.path]
+        check(not extra, "copy has vectors")
         shapes = [tuple(w.shape) for w in made.weights]
-        expected = [tuple(w.shape) for w in of_twin.weights]
+        expected = [tuple(w.shape) for w in expected.weights]
         check(shapes == expected, "weights of a copy")
         if self.how != "clone":
             if not (world.quantized and world.truth):
                 close(world.outputs(made), world.outputs(), "copy differs")
         elif world.truth is not None and not world.off:
-            inside = set(map(id, world.truth.base))
-            flags = dict(
-                zip(map(id, world.truth.base), world.truth.variable_flags)
-            )
-            for w, mine in zip(made.weights, world.weights):
-                if id(mine) in inside:
-                    same = w.trainable == flags[id(mine)]
-                    check(same, "flags of a clone", kind(mine))
+            self.check_flags(world, made)
+
+    def check_flags(self, world, made):
+        truth = world.truth
+        flags = dict(zip(map(id, truth.base), truth.variable_flags))
+        for w, mine in zip(made.weights, world.weights):
+            same = w.trainable == flags.get(id(mine), w.trainable)
+            check(same, "flags of a clone", kind(mine))
+
+
+def cloned(model):
+    return keras.models.clone_model(model)
+
+
+def copied(world, make):
+    """Returns a copy of a plain twin, or `None` where Keras itself fails."""
+    twin, _ = world.twin(world.start)
+    try:
+        made = make(twin)
+        outputs = world.outputs(made)
+        if make is not cloned:
+            close(outputs, world.outputs(twin), "Keras' own copy differs")
+    except Exception:
+        return None
+    return made
 
 
 @action
@@ -609,10 +627,7 @@ class Quantize(Action):
             return
         try:
             world.quantized = True
-            twin, _ = world.plain()
-            world.outputs(twin)
-            twin.compile("sgd", "mse", run_eagerly=True)
-            twin.train_on_batch(world.x, targets(world))
+            world.outputs(world.plain()[0])
         except Exception:
             world.quantized = False  # Plain Keras cannot.
             return
@@ -738,6 +753,21 @@ def targets(world, batches=1):
 def compiled(world):
     if not world.model.compiled:
         Compile().do(world)
+
+
+def trains(world):
+    """Says whether plain Keras trains such a model.
+
+    On PyTorch it does not train a stateful RNN, on no backend all quantized
+    layers.
+    """
+    twin, _ = world.plain()
+    twin.compile("sgd", "mse", run_eagerly=True)
+    try:
+        twin.train_on_batch(world.x, targets(world))
+    except Exception:
+        return False
+    return True
 
 
 def optimizer_of(model):

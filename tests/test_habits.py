@@ -227,7 +227,7 @@ def key_of(error):
         mine = frame.f_locals.get("self")
         if isinstance(mine, Action):
             owner = type(mine).__name__
-    text = re.sub(r"[\d.]+(e-?\d+)?", "#", str(error))[:80]
+    text = re.sub(r"'[^']*'|[\d.]+(e-?\d+)?", "#", str(error))[:80]
     return f"{owner}: {type(error).__name__}: {text} {where[-1:]}"
 
 
