@@ -14,7 +14,7 @@ from keras_vera.adapter_file import save_adapter as save_adapter
 from keras_vera.bank import AdapterBank as AdapterBank
 from keras_vera.optimizers import vera_optimizer as vera_optimizer
 from keras_vera.peft_adapter import load_peft_adapter as load_peft_adapter
-from keras_vera.peft_adapter import save_peft_adapter as save_peft_adapter
+from keras_vera.peft_export import save_peft_adapter as save_peft_adapter
 from keras_vera.projection import SharedProjection as SharedProjection
 from keras_vera.summary import summary as summary
 

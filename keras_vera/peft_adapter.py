@@ -1,37 +1,31 @@
 import io
-import json
 import math
 import os
 import re
 
 import numpy as np
-import safetensors.numpy
-from keras import ops
 
 from keras_vera import _adaptation
-from keras_vera import _keras
 from keras_vera._adapter_format import AdapterFileError
 from keras_vera._adapter_format import check_names
 from keras_vera._adapter_format import decode
 from keras_vera._adapter_format import errors_about
 from keras_vera._adapter_format import parsed
 from keras_vera._adapter_format import read_bytes
-from keras_vera._adapter_format import write_files
 from keras_vera._checks import check_d_initial
 from keras_vera._checks import check_dropout
 from keras_vera._checks import check_integer
 from keras_vera._peft_families import find_family
 from keras_vera._peft_families import heads_of
 from keras_vera._peft_families import modules_of
-from keras_vera._peft_families import prefix_of
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
 from keras_vera.projection import SharedProjection
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
-_MODEL = "base_model.model."
-_MATRICES = "base_model.vera_A", "base_model.vera_B"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MODEL = "base_model.model."
+MATRICES = "base_model.vera_A", "base_model.vera_B"
 _OF_MODULE = re.compile(
     r"(?P<module>.+)\.(?P<what>vera_lambda_d|vera_lambda_b|base_layer\.bias)"
 )
@@ -77,13 +71,13 @@ def load_peft_adapter(model, folder):
     _adaptation.check_model(model)
     backbone, family = find_family(model)
     folder = os.fspath(folder)
-    config = _read_config(os.path.join(folder, _CONFIG))
-    filepath = os.path.join(folder, _WEIGHTS)
+    config = _read_config(os.path.join(folder, CONFIG))
+    filepath = os.path.join(folder, WEIGHTS)
     tensors = _read_weights(filepath)
     modules, older = modules_of(backbone, family)
     heads = heads_of(model, family)
     with errors_about(filepath, "does not fit the model"):
-        matrices = [tensors.pop(name, None) for name in _MATRICES]
+        matrices = [tensors.pop(name, None) for name in MATRICES]
         found, of_heads = _sorted_entries(
             tensors, family.prefix, modules, older, heads
         )
@@ -92,7 +86,7 @@ def load_peft_adapter(model, folder):
             offset = 0
             _check_module(module, entries, modules[module], config["r"])
             for layer in modules[module]:
-                n = _contraction(layer).n
+                n = contraction_of(layer).n
                 part = slice(offset, offset + n)
                 layers.append(layer)
                 offsets.append(offset)
@@ -104,9 +98,9 @@ def load_peft_adapter(model, folder):
                 )
                 offset += n
         _check_heads(of_heads, heads)
-        rows = max(_contraction(layer).m for layer in layers)
+        rows = max(contraction_of(layer).m for layer in layers)
         columns = max(
-            offset + _contraction(layer).n
+            offset + contraction_of(layer).n
             for offset, layer in zip(offsets, layers)
         )
         absent = all(x is None for x in matrices)
@@ -137,90 +131,7 @@ def load_peft_adapter(model, folder):
         heads[module].bias.assign(entries["bias"])
 
 
-def save_peft_adapter(model, folder, base_model_name_or_path=None):
-    """Saves an adapter as Hugging Face PEFT reads it.
-
-    `PeftModel.from_pretrained(hugging_face_model, folder)` then gives the
-    outputs of `model`, if the Hugging Face model has the same base weights.
-    The adapter of a backbone is for a plain model (`AutoModel`), that of a
-    task for the task's model (`AutoModelForSequenceClassification`,
-    `AutoModelForCausalLM`, ...), with the head if that is of the same form.
-
-    PEFT cannot make our random matrices, so the file holds them: it is larger
-    than the one of `save_adapter`. Where Hugging Face has one fused module and
-    KerasHub several layers with vectors of their own (GPT-2's `c_attn`), the
-    rank in the file is a multiple of the adapter's.
-
-    Args:
-        model: A KerasHub backbone or task, adapted with VeRA, of one of the
-            families that `load_peft_adapter` lists.
-        folder: `str` or `pathlib.Path`, made if it does not exist.
-        base_model_name_or_path: `str`, the name of the base model for PEFT's
-            `AutoPeftModel`. Defaults to `None`.
-
-    Raises:
-        ValueError: If the model is not adapted or of no known family, or has
-            an adapter that PEFT cannot express.
-        keras_vera.AdapterFileError: If a file cannot be written. Older files
-            are then as they were.
-
-    Example:
-
-    ```python
-    keras_vera.save_peft_adapter(
-        classifier, "sst2-peft", base_model_name_or_path="roberta-base"
-    )
-    ```
-    """
-    adapted = _adaptation.check_adapted(model)
-    _adaptation.check_base_is_clean(model, adapted)
-    backbone, family = find_family(model)
-    modules = _adapted_modules(model, modules_of(backbone, family)[0], adapted)
-    heads = _trained_heads(model, family)
-    _keras.synchronize(model)
-    prefix = prefix_of(model, family)
-    tensors, rank = _in_peft_terms(modules, prefix)
-    for module, layer in heads.items():
-        name = f"{_MODEL}{module}"
-        tensors[f"{name}.weight"] = ops.convert_to_numpy(layer.kernel).T
-        tensors[f"{name}.bias"] = ops.convert_to_numpy(layer.bias)
-    for name, array in tensors.items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"'{name}' holds NaN or infinity.")
-    has_biases = any(x.vera_base_bias is not None for x in adapted)
-    settings = adapted[0]._vera_settings
-    config = {
-        "peft_type": "VERA",
-        "base_model_name_or_path": base_model_name_or_path,
-        "r": rank,
-        "target_modules": [prefix + module for module in modules],
-        "modules_to_save": sorted({x.split(".")[0] for x in heads}) or None,
-        "save_projection": True,
-        "projection_prng_key": 0,
-        "d_initial": settings.d_initial,
-        "vera_dropout": settings.dropout,
-        "fan_in_fan_out": family.fan_in_fan_out,
-        "bias": "vera_only" if has_biases else "none",
-        "inference_mode": True,
-    }
-    folder = os.fspath(folder)
-    with errors_about(folder, "could not be written"):
-        os.makedirs(folder, exist_ok=True)
-    tensors = {
-        name: np.ascontiguousarray(array, dtype="float32")
-        for name, array in tensors.items()
-    }
-    content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_files(
-        {
-            os.path.join(folder, _WEIGHTS): content,
-            os.path.join(folder, _CONFIG): text.encode(),
-        }
-    )
-
-
-def _contraction(layer):
+def contraction_of(layer):
     if is_adapted(layer):
         return layer._vera_layout.contraction
     return kind_of(type(layer))._make_contraction(layer)
@@ -285,7 +196,7 @@ def _sorted_entries(tensors, prefix, modules, older, heads):
     """Returns the entries by module, and those of heads by module."""
     found, of_heads, unknown = {}, {}, []
     for name, array in tensors.items():
-        path = name.removeprefix(_MODEL)
+        path = name.removeprefix(MODEL)
         entry = _OF_MODULE.fullmatch(path)
         if entry:
             module = entry["module"].removeprefix(prefix + ".")
@@ -314,7 +225,7 @@ def _sorted_entries(tensors, prefix, modules, older, heads):
 def _check_module(module, entries, layers, rank):
     for layer in layers:
         _adaptation.check_layer(layer, module)
-    n = sum(_contraction(layer).n for layer in layers)
+    n = sum(contraction_of(layer).n for layer in layers)
     wanted = {"vera_lambda_d": (rank,), "vera_lambda_b": (n,)}
     if "base_layer.bias" in entries:
         if any(layer.bias is None for layer in layers):
@@ -380,141 +291,3 @@ def _peft_matrices(config, m, n):
         .numpy()
         for shape in ((rank, m), (n, rank))
     ]
-
-
-# ---- Writing.
-
-
-def _adapted_modules(model, modules, adapted):
-    """Returns the modules with adapters, or raises if a layer has none."""
-    structures = {layer.projection.structure for layer in adapted}
-    if not structures <= {"dense", "explicit"}:
-        raise ValueError(
-            "PEFT has the paper's dense pair only. Received: model "
-            f"'{model.name}', adapted with structure={structures}. Keep it "
-            "with `keras_vera.merge(model)`."
-        )
-    if len({id(layer.projection) for layer in adapted}) > 1:
-        raise ValueError(
-            f"Model '{model.name}' holds adapters with several random pairs, "
-            "and PEFT has one."
-        )
-    modules = {
-        module: layers
-        for module, layers in modules.items()
-        if any(is_adapted(layer) for layer in layers)
-    }
-    known = {id(layer) for layers in modules.values() for layer in layers}
-    unknown = [layer.path for layer in adapted if id(layer) not in known]
-    if unknown:
-        raise ValueError(
-            f"The adapted layers {unknown} of model '{model.name}' have no "
-            "counterpart in Hugging Face transformers."
-        )
-    return modules
-
-
-def _trained_heads(model, family):
-    heads = heads_of(model, family)
-    known = {id(v) for layer in heads.values() for v in layer.weights}
-    vectors = ("vera_lambda_d", "vera_lambda_b")
-    unknown = [
-        v.path
-        for v in model.trainable_variables
-        if id(v) not in known and v.name not in vectors
-    ]
-    if unknown:
-        raise ValueError(
-            f"What trained outside the backbone of model '{model.name}', "
-            f"{unknown}, has no counterpart in Hugging Face transformers. Pass "
-            "`model.backbone` to save its adapter alone."
-        )
-    return heads
-
-
-def _in_peft_terms(modules, prefix):
-    """Returns the tensors that PEFT has for adapted modules, and their rank.
-
-    PEFT's modules use the leading rows of one B. Where the layers of a fused
-    module have vectors of their own, each gets channels of its own, in which
-    B is 0 outside the layer's outputs.
-    """
-    groups = {}
-    for layers in modules.values():
-        for group, layer in _channel_groups(layers):
-            groups.setdefault(group, len(groups))
-    first = next(x for ls in modules.values() for x in ls if is_adapted(x))
-    pair = first.projection
-    a = ops.convert_to_numpy(pair.vera_kernel_a)
-    b_matrix = ops.convert_to_numpy(pair.vera_kernel_b)
-    rank = a.shape[1]
-    sizes = [
-        (_contraction(layers[0]).m, sum(_contraction(x).n for x in layers))
-        for layers in modules.values()
-    ]
-    m, n = map(max, zip(*sizes))
-    peft_a = np.tile(a.T[:, :m], (len(groups), 1))
-    peft_b = np.zeros((n, rank * len(groups)), "float32")
-    for (place, offset, size), number in groups.items():
-        size = min(n, b_matrix.shape[1]) if size is None else size
-        channels = slice(number * rank, (number + 1) * rank)
-        peft_b[place : place + size, channels] = b_matrix.T[
-            offset : offset + size
-        ]
-    tensors = dict(zip(_MATRICES, (peft_a, peft_b)))
-    has_biases = any(
-        is_adapted(x) and x.vera_base_bias is not None
-        for layers in modules.values()
-        for x in layers
-    )
-    for module, layers in modules.items():
-        d = np.zeros(peft_b.shape[1], "float32")
-        for group, layer in _channel_groups(layers):
-            channels = groups[group] * rank
-            d[channels : channels + rank] = _scaled_d(layer)
-        b = [
-            ops.convert_to_numpy(x.vera_lambda_b)
-            if is_adapted(x)
-            else np.zeros(_contraction(x).n, "float32")
-            for x in layers
-        ]
-        name = f"{_MODEL}{prefix}{module}"
-        tensors[f"{name}.vera_lambda_d"] = d
-        tensors[f"{name}.vera_lambda_b"] = np.concatenate(b)
-        if has_biases and layers[0].bias is not None:
-            biases = [ops.convert_to_numpy(x.bias).reshape(-1) for x in layers]
-            tensors[f"{name}.base_layer.bias"] = np.concatenate(biases)
-    return tensors, peft_b.shape[1]
-
-
-def _channel_groups(layers):
-    """Yields which channels each adapted layer of a module uses.
-
-    A group is the first row of PEFT's B, the first column of ours, and their
-    number, `None` for all.
-    """
-    plain = 0, 0, None
-    places = np.cumsum([0] + [_contraction(x).n for x in layers])
-    adapted = [x for x in layers if is_adapted(x)]
-    one_d = all(
-        np.array_equal(_scaled_d(x), _scaled_d(adapted[0])) for x in adapted
-    )
-    in_place = all(
-        x.vera_output_offset == place
-        for x, place in zip(layers, places)
-        if is_adapted(x)
-    )
-    for layer, place in zip(layers, places):
-        if not is_adapted(layer):
-            continue
-        if one_d and in_place:
-            yield plain, layer
-        else:
-            n = _contraction(layer).n
-            yield (int(place), layer.vera_output_offset, n), layer
-
-
-def _scaled_d(layer):
-    """Returns d with the Kaiming factors of the layer in it."""
-    factor_a, factor_b = layer._vera_layout.structure.factors
-    return ops.convert_to_numpy(layer.vera_lambda_d) * (factor_a * factor_b)
