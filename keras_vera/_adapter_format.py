@@ -279,11 +279,15 @@ def _check_header(header, entries):
             raise ValueError(f"its header has {name}={value!r}.")
     if len(header["sha256"]) != len(_NO_SHA256):
         raise ValueError("its SHA-256 has another length.")
-    for name in ("bases", "targets"):
-        if isinstance(header[name], list) and not all(
-            isinstance(item, str) for item in header[name]
+    for name in ("bases", "targets", "embeddings"):
+        value = header.get(name)
+        if isinstance(value, list) and not all(
+            isinstance(item, str) for item in value
         ):
-            raise ValueError(f"its header has {name}={header[name]!r}.")
+            raise ValueError(f"its header has {name}={value!r}.")
+    # Older files do not say it.
+    if not isinstance(header.get("embeddings", []), list):
+        raise ValueError(f"its header has embeddings={header['embeddings']!r}.")
     for name, (dtype, _) in entries.items():
         if dtype not in _DTYPES:
             raise ValueError(f"'{name}' has dtype {dtype}.")

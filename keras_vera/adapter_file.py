@@ -325,6 +325,11 @@ def make_header(model, paths):
             }
             for path, layer in adapted.items()
         },
+        "embeddings": [
+            path
+            for path, layer in adapted.items()
+            if layer._vera_layout.contraction.one_hot
+        ],
         "projection_sha256": pair_sha256(*_used_pair(layers)),
         "keras_vera_version": _VERSION,
         "keras_version": keras.version(),

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+from keras_vera import _bank_mix
 from keras_vera import _keras
 from keras_vera._adapter_format import check_file_dtype
 from keras_vera._adapter_format import check_filepath
@@ -118,16 +119,26 @@ class AdapterBank:
     def __iter__(self):
         return iter(self.names)
 
-    def add(self, name, classes=None):
+    def add(self, name, classes=None, like=None):
         """Adds a fresh adapter: `b` is 0, and the head is that of the model.
+
+        With `like`, it starts warm instead, as others are: a copy of one, or
+        the mean of several, of their vectors and of their heads.
 
         Args:
             name: String, not in the bank yet.
             classes: Positive integer, how many of the head's classes the
-                adapter has. Defaults to `None`: all.
+                adapter has. Defaults to `None`: all, or as many as `like`.
+            like: String or list of strings, adapters of the bank, all of the
+                same number of classes. Defaults to `None`: fresh.
         """
         with self._lock:
             self._check_new(name)
+            if like is not None:
+                names = [like] if isinstance(like, str) else list(like)
+                adapters = self._read(names)
+                self._put(name, *_bank_mix.mean(adapters, names, classes))
+                return
             if classes is None:
                 classes = self._files.classes
             else:
@@ -350,6 +361,32 @@ class AdapterBank:
             _keras.synchronize(self.model)
             rows = self.model.rows(self._bring(adapters))
             return self._generator.generate(rows, prompts, **kwargs)
+
+    # ---- Adapters from others.
+
+    def _combine(self, weights, name, method, head):
+        """Adds the combination of adapters; see `keras_vera.combine`."""
+        with self._lock:
+            self._check_new(name)
+            adapters = dict(zip(weights, self._read(list(weights))))
+            *adapter, lost = _bank_mix.combination(
+                self._files, adapters, weights, method, head
+            )
+            self._put(name, *adapter)
+            return lost
+
+    def _read(self, names):
+        """Returns the arrays and the classes of each of some adapters."""
+        self._check_known(names, base=False)
+        found = []
+        for name in names:
+            # One by one: there may be more than fit on the device.
+            if self._folder is not None and name not in self._fitting:
+                found.append(self._files.read(self._folder.file(name)))
+            else:
+                (slot,) = self._bring([name])
+                found.append((self.model.read([slot])[0], self._classes[name]))
+        return found
 
     # ---- Slots.
 

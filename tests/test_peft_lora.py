@@ -111,7 +111,7 @@ def test_lora_of_the_own_rank_is_exact(family, tmp_path):
     for module, truth in updates(backbone).items():
         received = product(tensors, module)
         np.testing.assert_allclose(received, truth, atol=1e-6)
-        assert np.abs(truth).max() > 0.1
+        assert np.abs(truth).max() > 0.01
     config = with_adapter.peft_config["default"]
     assert (config.r, config.lora_alpha) == (5, 5)
     assert config.base_model_name_or_path == "some/base"
@@ -306,14 +306,11 @@ def test_what_vllm_asks_of_an_adapter(as_lora, tmp_path):
         "adapter_model.safetensors",
     ]
     config, tensors = read(folder)
-    assert isinstance(config["r"], int) and isinstance(
-        config["lora_alpha"], int
-    )
+    rank, alpha = config["r"], config["lora_alpha"]
+    assert isinstance(rank, int) and isinstance(alpha, int)
     # It takes any rank up to its `--max-lora-rank`, which is one of these.
-    assert config["r"] <= min(
-        x for x in VLLM_MAX_LORA_RANKS if x >= config["r"]
-    )
-    assert config["r"] == (100 if as_lora is True else 16)
+    assert rank == (100 if as_lora is True else 16)
+    assert rank <= max(VLLM_MAX_LORA_RANKS)
     assert config["modules_to_save"] is None and config["bias"] == "none"
     assert not config.get("use_dora") and not config.get("use_rslora")
     # It does not know `rank_pattern`: all modules have this scale.
@@ -400,19 +397,17 @@ def test_what_cannot_be_lora_is_refused(tmp_path):
 def test_both_structures_as_matrices(m, n, rank, blocks):
     structure = Blocks(m, n, rank, blocks) if blocks > 1 else Dense(m, n, rank)
     rng = np.random.default_rng(m + n + rank)
-    a = rng.normal(size=(m, structure.width)).astype("float32")
-    b_matrix = rng.normal(size=(structure.width, n)).astype("float32")
-    d = rng.normal(size=rank).astype("float32")
+    shapes = (m, structure.width), (structure.width, n), (rank,)
+    a, b_matrix, d = (
+        ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))
+        for shape in shapes
+    )
     both = structure.as_matrices(a, b_matrix)
     full_a, full_b = (ops.convert_to_numpy(x) for x in both)
     assert full_a.shape == (m, rank) and full_b.shape == (rank, n)
-    expected = structure.product(
-        ops.convert_to_tensor(
-            structure.scale_rows(a, ops.convert_to_tensor(d))
-        ),
-        ops.convert_to_tensor(b_matrix),
-    )
+    expected = structure.product(structure.scale_rows(a, d), b_matrix)
     np.testing.assert_allclose(
-        (full_a * d) @ full_b, ops.convert_to_numpy(expected), atol=1e-4
+        (full_a * ops.convert_to_numpy(d)) @ full_b,
+        ops.convert_to_numpy(expected),
+        atol=1e-4,
     )
-    keras.utils.clear_session()
