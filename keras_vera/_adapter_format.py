@@ -67,6 +67,20 @@ def check_file_dtype(dtype):
         )
 
 
+def in_dtype(name, array, dtype):
+    """Returns a float array as files store it, or raises if it is too large."""
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype)
+    if not np.isfinite(array.astype("float32")).all():
+        raise ValueError(
+            f"'{name}' holds NaN or infinity as {dtype}; an adapter file "
+            "holds finite numbers only. If training diverged, lower the "
+            "learning rate; if a number is too large for float16, save with "
+            "dtype='bfloat16'."
+        )
+    return array
+
+
 def write(filepath, header, tensors):
     """Writes a file in one step: all of it, or none of it.
 

@@ -2,7 +2,6 @@ import math
 from importlib import metadata
 
 import keras
-import numpy as np
 from keras import backend
 from keras import ops
 
@@ -340,16 +339,7 @@ def as_array(name, variable, dtype):
     array = ops.convert_to_numpy(variable)
     if _dtype_in_files(variable) != "float32":
         return array
-    with np.errstate(over="ignore"):
-        array = array.astype(dtype)
-    if not np.isfinite(array.astype("float32")).all():
-        raise ValueError(
-            f"'{name}' holds NaN or infinity as {dtype}; an adapter file "
-            "holds finite numbers only. If training diverged, lower the "
-            "learning rate; if a number is too large for float16, save with "
-            "dtype='bfloat16'."
-        )
-    return array
+    return _adapter_format.in_dtype(name, array, dtype)
 
 
 def _dtype_in_files(variable):
