@@ -4,6 +4,7 @@ import adapter_files
 import banks
 import keras
 import numpy as np
+import peft
 import pytest
 from helpers import adapted
 from helpers import largest_difference
@@ -11,6 +12,8 @@ from helpers import predict
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
+from test_peft_adapter import both_models
+from test_peft_adapter import with_peft
 
 import keras_vera
 from keras_vera._combined import _nearest
@@ -351,6 +354,34 @@ def test_heads_of_other_sizes_need_a_choice(tmp_path):
     for name in a:
         if "vera" not in name:
             np.testing.assert_array_equal(entries[name], a[name])
+
+
+@pytest.mark.parametrize("bias", ["none", "vera_only"])
+def test_adapters_that_came_from_peft(bias, tmp_path):
+    """A and B are in the files, and layers begin anywhere in B."""
+    _, backbone = both_models("gpt2", tmp_path / "base")
+    model, _ = both_models("gpt2", tmp_path / "base")
+    with_peft(model, ["c_attn", "c_fc"], bias=bias).save_pretrained(
+        tmp_path / "peft"
+    )
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    files, updates = write(backbone, tmp_path, "ab")
+    weights = [0.25, 0.75] if bias == "vera_only" else [2.0, -0.5]
+    result = tmp_path / f"sum{EXTENSION}"
+    each = dict(zip(files.values(), weights))
+    keras_vera.combine(each, result)
+    if bias == "vera_only":
+        with pytest.raises(ValueError, match="is a bias of the adapters"):
+            keras_vera.combine({files["a"]: 2}, result, head=files["a"])
+    keras_vera.disable_vera(backbone)
+    keras_vera.load_adapter(backbone, result)
+    for x, y in zip(updates_of(backbone), weighted(updates, weights)):
+        np.testing.assert_allclose(x, y, atol=2e-6 * np.abs(y).max())
+    # And from there as LoRA, of the rank that they had.
+    keras_vera.save_peft_adapter(backbone, tmp_path / "lora", as_lora=True)
+    model, _ = both_models("gpt2", tmp_path / "base")
+    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "lora")
+    assert with_adapter.peft_config["default"].r == 5
 
 
 # ---- In a bank.
