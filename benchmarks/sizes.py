@@ -1,4 +1,4 @@
-"""Bytes of one adapter: ours, PEFT's VeRA, Keras' LoRA, at real widths.
+"""Bytes of one adapter at real widths: ours, as LoRA, PEFT's, Keras' LoRA.
 
 Files are saved and measured. The 32 blocks of Llama-7B do not fit a small
 machine, so one and two of them are measured, and the difference is taken 31
@@ -103,6 +103,10 @@ def sizes(models, rank, targets, lora_targets, peft_targets):
                 keras_model, os.path.join(folder, name), dtype=dtype
             )
             found[f"keras_vera, {dtype}"] = size(name)
+        for as_lora in (True, 16):
+            keras_vera.save_peft_adapter(keras_model, folder, as_lora=as_lora)
+            name = "exact" if as_lora is True else f"rank {as_lora}"
+            found[f"as LoRA, {name}"] = size("adapter_model.safetensors")
         keras_vera.disable_vera(keras_model)
         keras_model.enable_lora(8, target_layer_names=lora_targets)
         keras_model.save_lora_weights(os.path.join(folder, "keras.lora.h5"))

@@ -12,10 +12,11 @@ from keras_vera.adaptation import merge as merge
 from keras_vera.adapter_file import load_adapter as load_adapter
 from keras_vera.adapter_file import save_adapter as save_adapter
 from keras_vera.bank import AdapterBank as AdapterBank
+from keras_vera.combination import combine as combine
 from keras_vera.hub_adapter import upload_adapter as upload_adapter
 from keras_vera.optimizers import vera_optimizer as vera_optimizer
 from keras_vera.peft_adapter import load_peft_adapter as load_peft_adapter
-from keras_vera.peft_adapter import save_peft_adapter as save_peft_adapter
+from keras_vera.peft_export import save_peft_adapter as save_peft_adapter
 from keras_vera.projection import SharedProjection as SharedProjection
 from keras_vera.summary import summary as summary
 
@@ -27,6 +28,7 @@ __all__ = [
     "SharedProjection",
     "base_model",
     "callbacks",
+    "combine",
     "disable_vera",
     "enable_vera",
     "layers",

@@ -1,21 +1,54 @@
-"""`python -m keras_vera inspect FILE` says what an adapter is."""
+"""`python -m keras_vera COMMAND` works on adapter files.
+
+Exit codes: 0, it is done (`diff`: there is no difference); 1, `diff` found
+differences; 2, something is wrong with an argument or a file, and nothing was
+written.
+"""
 
 import argparse
-import math
-import os
+import json
 import sys
 
-from keras_vera import _adapter_format
-from keras_vera._adapter_format import AdapterFileError
+from keras_vera import _commands
 
-_VECTORS = ("vera_lambda_d", "vera_lambda_b")
+_EPILOG = (
+    "Exit codes: 0, done (diff: no difference); 1, diff found differences; "
+    "2, something is wrong with an argument or a file; nothing was written."
+)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m keras_vera")
+    args = _parser().parse_args(arguments)
+    try:
+        found, lines, code = args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{args.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(found, indent=2) if args.json else "\n".join(lines))
+    if code:
+        sys.exit(code)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m keras_vera", epilog=_EPILOG
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "inspect", help="say what an adapter file is, from its header"
+
+    def add(name, run, text):
+        command = commands.add_parser(
+            name, help=text, description=text.capitalize(), epilog=_EPILOG
+        )
+        command.add_argument(
+            "--json", action="store_true", help="print JSON, for programs"
+        )
+        command.set_defaults(run=run, prog=command.prog)
+        return command
+
+    command = add(
+        "inspect",
+        _commands.inspect,
+        "say what an adapter file is, from its header",
     )
     command.add_argument("file", help="a *.vera.safetensors file")
     command.add_argument(
@@ -23,59 +56,46 @@ def main(arguments=None):
         action="store_true",
         help="read the numbers as well, and check the checksum",
     )
-    args = parser.parse_args(arguments)
-    try:
-        print("\n".join(_inspect(args.file, args.verify)))
-    except AdapterFileError as error:
-        sys.exit(str(error))
 
+    command = add(
+        "diff",
+        _commands.diff,
+        "say in which settings and layers two adapter files differ, with the "
+        "cosines of their vectors",
+    )
+    command.add_argument("a", help="a *.vera.safetensors file")
+    command.add_argument("b", help="another one")
 
-def _inspect(filepath, verify):
-    header, entries = _adapter_format.read_header(filepath)
-    if verify:
-        _adapter_format.read(filepath)
-    layers = header["layers"]
-    vectors = [x for x in entries if x.rsplit("/", 1)[-1] in _VECTORS]
-    others = sorted(entries.keys() - set(vectors))
-    numbers = {name: math.prod(shape) for name, (_, shape) in entries.items()}
-    trained = sum(numbers.values())
-    of_vectors = sum(numbers[name] for name in vectors)
-    dtypes = sorted({dtype for dtype, _ in entries.values()})
-    bases = ", ".join(path or "the model" for path in header["bases"])
-    yield f"{filepath}: {os.path.getsize(filepath):,} bytes"
-    for name, value in (
-        ("format version", header["format_version"]),
-        ("rank", header["rank"]),
-        ("seed", header["seed"]),
-        ("structure", header["structure"]),
-        ("targets", header["targets"]),
-        ("base", bases or "a model made of keras_vera.layers"),
-        ("made by", _makers(header)),
-        ("vectors", f"{of_vectors:,} numbers in {len(layers)} layers"),
-        ("other entries", f"{trained - of_vectors:,} numbers"),
-        ("stored as", ", ".join(dtypes)),
-    ):
-        yield f"  {name + ':':16}{value}"
-    yield "  layers, with shape, dtype and fingerprint of their base kernels:"
-    for path, layer in layers.items():
-        shape = "x".join(map(str, layer["kernel_shape"]))
-        yield (
-            f"    {path or 'the model'}  {shape} {layer['kernel_dtype']} "
-            f"{layer['kernel_fingerprint']}"
-        )
-    if others:
-        yield "  other entries:"
-    for name in others:
-        yield f"    {name}  {entries[name][1]} {entries[name][0]}"
-    if verify:
-        yield "  checked: header, sizes, checksum, all numbers are finite"
-    else:
-        yield "  checked: header and sizes; --verify reads the numbers"
-
-
-def _makers(header):
-    versions = (header.get(f"{x}_version") for x in ("keras_vera", "keras"))
-    return "keras_vera {}, keras {}".format(*versions)
+    command = add(
+        "convert", _commands.convert, "write an adapter file in another form"
+    )
+    command.add_argument("file", help="a *.vera.safetensors file")
+    command.add_argument(
+        "to",
+        choices=["float32", "float16", "bfloat16", "peft", "lora"],
+        help="a *.vera.safetensors file of that dtype, or a folder for PEFT "
+        "with VeRA or LoRA",
+    )
+    command.add_argument("output", help="the file or folder to write")
+    command.add_argument(
+        "--preset",
+        help="for peft and lora: the base model, a KerasHub preset",
+    )
+    command.add_argument(
+        "--task",
+        help="for peft and lora: the class of keras_hub.models that the "
+        "adapter was saved from, such as CausalLM or TextClassifier "
+        "(default: Backbone)",
+    )
+    command.add_argument(
+        "--num-classes", type=int, help="for a classifier: its classes"
+    )
+    command.add_argument(
+        "--rank",
+        type=int,
+        help="for lora: the best approximation of this rank (default: exact)",
+    )
+    return parser
 
 
 if __name__ == "__main__":

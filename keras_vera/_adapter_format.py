@@ -69,6 +69,20 @@ def check_file_dtype(dtype):
         )
 
 
+def in_dtype(name, array, dtype):
+    """Returns a float array as files store it, or raises if it is too large."""
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype)
+    if not np.isfinite(array.astype("float32")).all():
+        raise ValueError(
+            f"'{name}' holds NaN or infinity as {dtype}; an adapter file "
+            "holds finite numbers only. If training diverged, lower the "
+            "learning rate; if a number is too large for float16, save with "
+            "dtype='bfloat16'."
+        )
+    return array
+
+
 def write(filepath, header, tensors):
     """Writes a file in one step: all of it, or none of it.
 
@@ -87,6 +101,8 @@ def write(filepath, header, tensors):
     for name in _OPTIONAL_KEYS:
         if not header.get(name):
             header.pop(name, None)
+    if not _may_embed(layers):
+        header.pop("embeddings", None)
     # One entry: safetensors writes several in an order that varies.
     metadata = {_HEADER: json.dumps(header, separators=(",", ":"))}
     content = safetensors.numpy.save(tensors, metadata=metadata)
@@ -223,6 +239,8 @@ def read_header(filepath):
             if name == _VECTOR or name.endswith("/" + _VECTOR)
         )
         _check_layers(header, paths)
+        if not _may_embed(header["layers"]):
+            header.setdefault("embeddings", [])
         layers = [
             dict(zip((*_LAYER_KEYS, _OFFSET), [*row, 0]))
             for row in header["layers"]
@@ -285,13 +303,14 @@ def _check_header(header, entries):
     if len(header["sha256"]) != len(_NO_SHA256):
         raise ValueError("its SHA-256 has another length.")
     for name in _OPTIONAL_KEYS:
-        if not isinstance(header.setdefault(name, []), list):
-            raise ValueError(f"its header has {name}={header[name]!r}.")
-    for name in ("bases", "targets", *_OPTIONAL_KEYS):
-        if isinstance(header[name], list) and not all(
-            isinstance(item, str) for item in header[name]
+        header.setdefault(name, [])
+    for name in ("bases", "targets", "embeddings", *_OPTIONAL_KEYS):
+        value = header.get(name, [])
+        if (name != "targets" and not isinstance(value, list)) or (
+            isinstance(value, list)
+            and not all(isinstance(item, str) for item in value)
         ):
-            raise ValueError(f"its header has {name}={header[name]!r}.")
+            raise ValueError(f"its header has {name}={value!r}.")
     for name, (dtype, _) in entries.items():
         if dtype not in _DTYPES:
             raise ValueError(f"'{name}' has dtype {dtype}.")
@@ -316,6 +335,14 @@ def _check_layers(header, paths):
         )
         if not fits:
             raise ValueError(f"its header describes a layer as {row!r}.")
+
+
+def _may_embed(rows):
+    """Says whether a layer may be an embedding, by the axes of its kernel.
+
+    Files tell what is one only where this does not; those of before, never.
+    """
+    return any(len(row[0]) == 2 for row in rows)
 
 
 def _place_of_sha256(content, digest=_NO_SHA256):

@@ -112,6 +112,11 @@ class BankFiles:
         tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
         _adapter_format.write(filepath, self._header, tensors)
 
+    @property
+    def header(self):
+        """The header that the model itself would give a file."""
+        return self._header
+
     def _classes_of(self, tensors):
         for name in self._output:
             if name in tensors and tensors[name].ndim:

@@ -5,7 +5,9 @@ import contextlib
 
 import numpy as np
 
+from keras_vera import _bank_mix
 from keras_vera._bank_files import Folder
+from keras_vera._checks import check_integer
 
 
 class Slots:
@@ -45,6 +47,29 @@ class Slots:
     def room(self):
         """How many examples, with any adapters, can be brought at once."""
         return max(1, self.capacity - len(self._held))
+
+    def add(self, name, classes, like):
+        """Adds an adapter that is fresh, or like others; see the bank."""
+        self.check_new(name)
+        if like is not None:
+            names = [like] if isinstance(like, str) else list(like)
+            self.put(name, *_bank_mix.mean(self.read(names), names, classes))
+            return
+        if classes is None:
+            classes = self.files.classes
+        else:
+            classes = check_integer("classes", classes, 1, self.files.classes)
+        self.put(name, self.files.fresh, classes)
+
+    def combine(self, weights, name, method, head):
+        """Adds the combination of adapters; see `keras_vera.combine`."""
+        self.check_new(name)
+        adapters = dict(zip(weights, self.read(list(weights))))
+        *adapter, lost = _bank_mix.combination(
+            self.files, adapters, weights, method, head
+        )
+        self.put(name, *adapter)
+        return lost
 
     def put(self, name, arrays, classes):
         """Adds an adapter that is not in the bank."""
@@ -87,6 +112,20 @@ class Slots:
         if arrays is None:
             (arrays,) = self._model.read([slot])
         self.files.write(filepath, arrays, self._classes[name], dtype)
+
+    def read(self, names):
+        """Returns the arrays and the classes of each of some adapters."""
+        self.check_known(names, base=False)
+        found = []
+        for name in names:
+            # One by one: there may be more than fit on the device.
+            if self.folder is not None and name not in self._held:
+                found.append(self.files.read(self.folder.file(name)))
+            else:
+                (slot,) = self.bring([name])
+                (arrays,) = self._model.read([slot])
+                found.append((arrays, self._classes[name]))
+        return found
 
     def bring(self, adapters):
         """Returns the slots of adapters, which it brings to the device.

@@ -102,11 +102,20 @@ def base_scope(model, values, others=()):
             _thread.scopes = before
 
 
-@contextlib.contextmanager
 def suspended():
     """Lets this thread read and assign the adapter itself, also inside."""
+    return _with_suspension(True)
+
+
+def resumed():
+    """Ends `suspended` for a block."""
+    return _with_suspension(False)
+
+
+@contextlib.contextmanager
+def _with_suspension(is_suspended):
     before = _is_suspended()
-    _thread.is_suspended = True
+    _thread.is_suspended = is_suspended
     try:
         yield
     finally:

@@ -3,6 +3,8 @@
 import numbers
 import re
 
+import numpy as np
+
 from keras_vera._plan import PLANS
 
 
@@ -23,6 +25,11 @@ def check_integer(name, value, minimum, maximum=None):
             f"Received: {name}={value!r} (of type {type(value).__name__})"
         )
     return int(value)
+
+
+def check_finite(name, array):
+    if not np.isfinite(array).all():
+        raise ValueError(f"'{name}' holds NaN or infinity.")
 
 
 def check_d_initial(value):

@@ -3,7 +3,6 @@
 from importlib import metadata
 
 import keras
-import numpy as np
 from keras import backend
 from keras import ops
 
@@ -184,6 +183,11 @@ def make_header(model, paths):
             }
             for path, layer in adapted.items()
         },
+        "embeddings": [
+            path
+            for path, layer in adapted.items()
+            if layer._vera_layout.contraction.one_hot
+        ],
         "projection_sha256": pair_sha256(*used_pair(layers)),
         "keras_vera_version": _VERSION,
         "keras_version": keras.version(),
@@ -218,16 +222,7 @@ def as_array(name, variable, dtype):
     array = ops.convert_to_numpy(variable)
     if _dtype_in_files(variable) != "float32":
         return array
-    with np.errstate(over="ignore"):
-        array = array.astype(dtype)
-    if not np.isfinite(array.astype("float32")).all():
-        raise ValueError(
-            f"'{name}' holds NaN or infinity as {dtype}; an adapter file "
-            "holds finite numbers only. If training diverged, lower the "
-            "learning rate; if a number is too large for float16, save with "
-            "dtype='bfloat16'."
-        )
-    return array
+    return _adapter_format.in_dtype(name, array, dtype)
 
 
 def _dtype_in_files(variable):

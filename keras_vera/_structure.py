@@ -84,6 +84,10 @@ class Dense:
         """Returns `A B`: [m, n]."""
         return ops.matmul(a, b_matrix)
 
+    def as_matrices(self, a, b_matrix):
+        """Returns A and B as they stand in the formula: [m, r], [r, n]."""
+        return a, b_matrix
+
     def m_of_tokens(self, u, g):
         """Returns M = `u^T g`, with u = x A and g: [T, n]."""
         # XLA would turn `transpose(u)` into a slow `A^T x^T`.
@@ -207,6 +211,18 @@ class Blocks:
         rows = ops.transpose(pairs, (0, 2, 1, 3))
         rows = ops.reshape(rows, (s * a.shape[1], s * b_matrix.shape[3]))
         return rows[: self.m, : self.n]
+
+    def as_matrices(self, a, b_matrix):
+        a = self.full_a(a)
+        own = self._b(b_matrix)
+        # A channel of one block of B is 0 for the outputs of the others.
+        own = ops.eye(self.blocks)[:, None, :, None] * own[:, :, None, :]
+        b_matrix = ops.reshape(own, (-1, self._columns))[:, : self.n]
+        # The channels that d reaches.
+        positions = self._positions()
+        return ops.take(a, positions, axis=1), ops.take(
+            b_matrix, positions, axis=0
+        )
 
     def m_of_tokens(self, u, g):
         return ops.einsum("str,stn->srn", u, self._output_blocks(g))

@@ -119,23 +119,21 @@ class AdapterBank:
     def __iter__(self):
         return iter(self.names)
 
-    def add(self, name, classes=None):
+    def add(self, name, classes=None, like=None):
         """Adds a fresh adapter: `b` is 0, and the head is that of the model.
+
+        With `like`, it starts warm instead, as others are: a copy of one, or
+        the mean of several, of their vectors and of their heads.
 
         Args:
             name: String, not in the bank yet.
             classes: Positive integer, how many of the head's classes the
-                adapter has. Defaults to `None`: all.
+                adapter has. Defaults to `None`: all, or as many as `like`.
+            like: String or list of strings, adapters of the bank, all of the
+                same number of classes. Defaults to `None`: fresh.
         """
         with self._lock:
-            self._slots.check_new(name)
-            if classes is None:
-                classes = self._files.classes
-            else:
-                classes = check_integer(
-                    "classes", classes, 1, self._files.classes
-                )
-            self._slots.put(name, self._files.fresh, classes)
+            self._slots.add(name, classes, like)
 
     def load(self, name, filepath, head=True):
         """Loads an adapter file, made by `save` or `keras_vera.save_adapter`.
@@ -373,6 +371,11 @@ class AdapterBank:
             _keras.synchronize(self.model)
             rows = self.model.rows(self._slots.bring(adapters))
             return self._generator.generate(rows, prompts, **kwargs)
+
+    def _combine(self, weights, name, method, head):
+        """Adds the combination of adapters; see `keras_vera.combine`."""
+        with self._lock:
+            return self._slots.combine(weights, name, method, head)
 
     def _batches(self, data, kwargs):
         """Yields batches one after the other, each with its own adapters."""

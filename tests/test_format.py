@@ -102,6 +102,9 @@ def test_kernel_made_from_the_page_alone(number, m, n, rank, seed, blocks):
     assert pair_sha256(*pair) == digest.hexdigest()
 
 
+NEWER = ("outside", "trained", "embeddings")
+
+
 def test_files_are_as_the_page_says():
     for path in sorted(GOLDEN.glob("*.vera.safetensors")):
         content = path.read_bytes()
@@ -109,7 +112,8 @@ def test_files_are_as_the_page_says():
         header, tensors = read(path)
         for field in re.findall(r"^\| (`.*?) \|", PAGE, re.M):
             for name in re.findall("`(.*?)`", field):
-                header.pop(name)
+                # These files are of before some fields.
+                header.pop(name, *[None] * (name in NEWER))
         assert header == {}
         assert len(tensors) > 10
 

@@ -126,7 +126,8 @@ def test_headers_with_a_right_checksum(content, path, fresh, data):
     path.write_bytes(content)
     header, tensors = read(path)
     names = ("rank", "seed", "structure", "d_initial", "layers", "bases")
-    name = data.draw(st.sampled_from([*names, "dropout", "targets", "sha256"]))
+    more = ("dropout", "targets", "embeddings", "sha256")
+    name = data.draw(st.sampled_from([*names, *more]))
     value = data.draw(JSON)
     if name == "layers" and data.draw(st.booleans()):
         row = data.draw(st.integers(0, len(header["layers"]) - 1))
