@@ -241,7 +241,7 @@ def _combined_others(header, tensors, weights, head):
     biases = {_entry_name(path, "bias") for path in header["layers"]}
     sums_to_one = is_one(sum(weights.values()))
     result = {}
-    for name in dict.fromkeys(n for x in tensors.values() for n in x):
+    for name in sorted({name for x in tensors.values() for name in x}):
         is_bias = name in biases
         if head is not None and not is_bias:
             if name in tensors[head]:

@@ -318,7 +318,7 @@ def test_bad_arguments_are_refused(tmp_path):
         (({a: 1}, result, "mean"), "`method` must be one of.*'mean'"),
         (({a: 1, b: 1}, result, "average"), "sum to 1.*whose sum is 2"),
         (({a: 1}, result, "exact", b), "`head` must be one of the keys"),
-        (({a: 1, b: 1}, result), "kernel' trained outside.*Pass `head`"),
+        (({a: 1, b: 1}, result), "bias' trained outside.*Pass `head`"),
         (({a: 1}, tmp_path / "x.safetensors"), "must end in"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -358,7 +358,7 @@ def test_files_say_what_may_be_an_embedding(tmp_path):
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (1.0, 1.0)])
 def test_what_trained_in_the_base_in_full_is_refused(weights, tmp_path):
     model = make_model(vera=False)
-    keras_vera.enable_vera(model.layers[1], rank=3, train="bias")
+    keras_vera.enable_vera(model.layers[1], targets=["wide"], train="bias")
     files, _ = write(model, tmp_path, "ab")
     result = tmp_path / f"sum{EXTENSION}"
     with pytest.raises(ValueError, match="bias'.* trained in the base in full"):

@@ -116,7 +116,7 @@ def test_lora_of_the_own_rank_is_exact(family, tmp_path):
     assert state(backbone) == before
     with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "lora")
     np.testing.assert_allclose(hidden_states(with_adapter), expected, atol=ATOL)
-    _, tensors = read(tmp_path / "lora")
+    written, tensors = read(tmp_path / "lora")
     for module, truth in updates(backbone).items():
         received = product(tensors, module)
         np.testing.assert_allclose(received, truth, atol=1e-6)
@@ -125,7 +125,8 @@ def test_lora_of_the_own_rank_is_exact(family, tmp_path):
     assert (config.r, config.lora_alpha) == (5, 5)
     assert config.base_model_name_or_path == "some/base"
     assert not config.rank_pattern
-    assert set(report["lost"]) == set(config.target_modules)
+    # What PEFT reads of it may be shorter.
+    assert set(report["lost"]) == set(written["target_modules"])
     assert set(report["lost"].values()) == {0.0}
 
 
