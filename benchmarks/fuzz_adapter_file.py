@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from keras_vera import AdapterFileError
-from keras_vera import _adapter_format
+from keras_vera.files import format as adapter_format
 
 
 def original(folder):
@@ -35,7 +35,7 @@ def original(folder):
         "output_offset": 0,
     }
     header = {
-        "format_version": _adapter_format.FORMAT_VERSION,
+        "format_version": adapter_format.FORMAT_VERSION,
         "rank": 4,
         "seed": None,
         "structure": "explicit",
@@ -58,7 +58,7 @@ def original(folder):
         name: rng.normal(size=shape).astype("float32")
         for name, shape in shapes.items()
     }
-    _adapter_format.write(path, header, tensors)
+    adapter_format.write(path, header, tensors)
     return pathlib.Path(path).read_bytes()
 
 
@@ -158,7 +158,7 @@ def main():
             with open(path, "wb") as file:
                 file.write(content)
             try:
-                _adapter_format.read(path)
+                adapter_format.read(path)
                 same = content == unchanged
                 outcome = "unchanged, read" if same else "CHANGED, READ"
             except AdapterFileError:

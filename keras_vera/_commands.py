@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from keras_vera import _adapter_format
+from keras_vera.files import format as adapter_format
 
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")
 _SETTINGS = (
@@ -32,9 +32,9 @@ _KERNEL = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
 
 
 def inspect(args):
-    header, entries = _adapter_format.read_header(args.file)
+    header, entries = adapter_format.read_header(args.file)
     if args.verify:
-        _adapter_format.read(args.file)
+        adapter_format.read(args.file)
     numbers = {name: math.prod(shape) for name, (_, shape) in entries.items()}
     vectors = sum(numbers[x] for x in numbers if _is_vector(x))
     found = {
@@ -103,7 +103,7 @@ def _inspect_lines(found):
 
 
 def diff(args):
-    (a, in_a), (b, in_b) = (_adapter_format.read(x) for x in (args.a, args.b))
+    (a, in_a), (b, in_b) = (adapter_format.read(x) for x in (args.a, args.b))
     settings = {
         name: [a[name], b[name]] for name in _SETTINGS if a[name] != b[name]
     }
@@ -222,15 +222,15 @@ def _convert_lines(found):
 
 
 def _to_dtype(args):
-    output = _adapter_format.check_filepath(args.output)
-    header, tensors = _adapter_format.read(args.file)
+    output = adapter_format.check_filepath(args.output)
+    header, tensors = adapter_format.read(args.file)
     converted = {}
     for name, array in tensors.items():
         # A and B are always exact.
         if array.dtype == "float32" and not name.startswith("vera_kernel_"):
-            array = _adapter_format.in_dtype(name, array, args.to)
+            array = adapter_format.in_dtype(name, array, args.to)
         converted[name] = array
-    _adapter_format.write(output, header, converted)
+    adapter_format.write(output, header, converted)
 
 
 def _to_peft(args):
@@ -240,11 +240,11 @@ def _to_peft(args):
             "base model. Pass `--preset`, as in `--preset roberta_base_en`."
         )
     # All that is wrong with the file comes before a model is built.
-    header, _ = _adapter_format.read(args.file)
+    header, _ = adapter_format.read(args.file)
     import keras_hub
 
-    from keras_vera.adapter_file import load_adapter
-    from keras_vera.peft_export import save_peft_adapter
+    from keras_vera.files.adapter import load_adapter
+    from keras_vera.peft.save import save_peft_adapter
 
     task = args.task or "Backbone"
     model_class = getattr(keras_hub.models, task, None)

@@ -7,13 +7,13 @@ import warnings
 import keras
 
 from keras_vera import _keras
-from keras_vera._adaptation import check_no_bank
-from keras_vera._adapter_format import check_filepath
-from keras_vera._bank_files import Folder
-from keras_vera._bank_model import BankModel
-from keras_vera._bank_scores import Scores
-from keras_vera._checks import check_integer
-from keras_vera.adapter_file import save_adapter
+from keras_vera.bank.files import Folder
+from keras_vera.bank.model import BankModel
+from keras_vera.bank.scores import Scores
+from keras_vera.files.adapter import save_adapter
+from keras_vera.files.format import check_filepath
+from keras_vera.model.adaptation import check_no_bank
+from keras_vera.product.checks import check_integer
 
 
 class AdapterCheckpoint(keras.callbacks.ModelCheckpoint):

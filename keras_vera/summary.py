@@ -9,16 +9,16 @@ import rich.console
 import rich.table
 
 from keras_vera import _keras
-from keras_vera._adaptation import adaptations
-from keras_vera._adaptation import adapted_layers
-from keras_vera._adaptation import base_paths
-from keras_vera._adaptation import check_adapted
-from keras_vera._adaptation import check_layer
-from keras_vera._roles import adaptable_layers
-from keras_vera._saved import trained_variables
+from keras_vera.files.saved import trained_variables
 from keras_vera.layers._base_layer import kernel_shape
 from keras_vera.layers._in_place import is_adapted
-from keras_vera.projection import EXPLICIT
+from keras_vera.model.adaptation import adaptations
+from keras_vera.model.adaptation import adapted_layers
+from keras_vera.model.adaptation import base_paths
+from keras_vera.model.adaptation import check_adapted
+from keras_vera.model.adaptation import check_layer
+from keras_vera.model.roles import adaptable_layers
+from keras_vera.product.projection import EXPLICIT
 
 _LORA_RANK = 8
 

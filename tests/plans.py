@@ -6,8 +6,8 @@ from unittest import mock
 
 import numpy as np
 
-from keras_vera._plan import Plan
 from keras_vera.layers import _vera_layer
+from keras_vera.product.plan import Plan
 
 ALL = [
     Plan(folded, kept, m_from_kernel)

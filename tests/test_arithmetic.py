@@ -15,12 +15,12 @@ from helpers import backend
 from keras import ops
 
 from keras_vera import SharedProjection
-from keras_vera._bank_scope import mixed_batch
-from keras_vera._plan import Plan
-from keras_vera._structure import Blocks
-from keras_vera._structure import Dense
 from keras_vera.layers import VeRADense
 from keras_vera.layers import VeRAEinsumDense
+from keras_vera.layers._mixed_batch import mixed_batch
+from keras_vera.product.plan import Plan
+from keras_vera.product.structure import Blocks
+from keras_vera.product.structure import Dense
 
 BACKEND = backend()
 # Sizes that no two tensors of a layer have by accident.

@@ -16,7 +16,7 @@ from peft_families import both_models
 from peft_families import with_peft
 
 import keras_vera
-from keras_vera._combined import _nearest
+from keras_vera.files.combined import _nearest
 
 X = np.random.default_rng(7).normal(size=(4, 5)).astype("float32")
 TOKENS = np.random.default_rng(8).integers(0, 9, (4, 5))

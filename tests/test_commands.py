@@ -15,8 +15,8 @@ from helpers import spoil
 from peft_families import both_models
 
 import keras_vera
-from keras_vera import _adapter_format
 from keras_vera.__main__ import main
+from keras_vera.files import format as adapter_format
 
 FILE = pathlib.Path(__file__).parent / "golden" / "blocks2.vera.safetensors"
 
@@ -159,7 +159,7 @@ def test_convert_to_half_floats(tmp_path, capsys):
         output = tmp_path / f"{dtype}.vera.safetensors"
         found = json_of(capsys, "convert", FILE, dtype, output)
         assert found["bytes"] == output.stat().st_size
-        header, after = _adapter_format.read(output)  # The checksum as well.
+        header, after = adapter_format.read(output)  # The checksum as well.
         for name, array in before.items():
             expected = array.astype(dtype).astype("float32")
             np.testing.assert_array_equal(after[name], expected)
@@ -168,7 +168,7 @@ def test_convert_to_half_floats(tmp_path, capsys):
         assert stored == {
             {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[dtype]
         }
-    assert header["layers"] == _adapter_format.read(FILE)[0]["layers"]
+    assert header["layers"] == adapter_format.read(FILE)[0]["layers"]
 
 
 def test_what_cannot_be_converted(tmp_path, capsys):

@@ -23,11 +23,11 @@ from keras import ops
 
 import keras_vera
 from keras_vera import _keras
-from keras_vera._adaptation import adapted_layers
-from keras_vera._roles import ROLES
-from keras_vera._roles import adaptable_layers
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._kinds import kind_of
+from keras_vera.model.adaptation import adapted_layers
+from keras_vera.model.roles import ROLES
+from keras_vera.model.roles import adaptable_layers
 
 TABLE = pathlib.Path(__file__).parents[1] / "docs" / "coverage.md"
 COVERAGE = os.environ.get("COVERAGE")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_vera import SharedProjection
-from keras_vera._arithmetic import Layout
-from keras_vera._arithmetic import merged_kernel
-from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera.layers._contraction import dense_contraction
-from keras_vera.projection import pair_sha256
+from keras_vera.layers._fingerprint import kernel_fingerprint
+from keras_vera.product.arithmetic import Layout
+from keras_vera.product.arithmetic import merged_kernel
+from keras_vera.product.projection import pair_sha256
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adapter-format.md").read_text(encoding="utf-8")

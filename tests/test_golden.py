@@ -10,7 +10,7 @@ from helpers import predict
 from test_adapter_file import Classifier
 
 import keras_vera
-from keras_vera._adaptation import Adaptation
+from keras_vera.model.adaptation import Adaptation
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -24,7 +24,7 @@ from test_adapter_file import make_trained
 
 import keras_vera
 from keras_vera import AdapterFileError
-from keras_vera import _adapter_format
+from keras_vera.files import format as adapter_format
 
 pytestmark = pytest.mark.in_turn
 
@@ -55,7 +55,7 @@ def path(tmp_path_factory):
 
 def refused(path):
     with pytest.raises(AdapterFileError, match=str(path)):
-        _adapter_format.read(path)
+        adapter_format.read(path)
 
 
 def test_every_byte_counts(content, path):
@@ -95,7 +95,7 @@ def test_mutations(content, path, changes, cut, inserted):
     mutated[place : place + cut] = inserted
     path.write_bytes(mutated)
     if bytes(mutated) == content:
-        _adapter_format.read(path)
+        adapter_format.read(path)
     else:
         refused(path)
 

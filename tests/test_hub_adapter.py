@@ -121,7 +121,7 @@ def test_upload_with_all_that_a_card_can_say(hub, tmp_path):
     assert data.model_name == "repo"
     assert data.eval_results == [result]
     facts = data.to_dict()["keras_vera"]
-    header, entries = keras_vera._adapter_format.read(file)
+    header, entries = keras_vera.files.format.read(file)
     assert facts["rank"] == 3
     assert facts["seed"] == 7
     assert facts["targets"] == header["targets"]

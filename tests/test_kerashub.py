@@ -23,8 +23,8 @@ from hub_models import make_task
 from keras import ops
 
 import keras_vera
-from keras_vera._plan import choose_plan
 from keras_vera.layers import _vera_layer
+from keras_vera.product.plan import choose_plan
 
 pytestmark = pytest.mark.in_turn
 

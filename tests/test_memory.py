@@ -9,7 +9,7 @@ from helpers import predict
 from helpers import spoil
 
 import keras_vera
-from keras_vera import projection
+from keras_vera.product import projection
 
 SIZE = 8
 CYCLES = 30

@@ -7,13 +7,13 @@ from helpers import largest_difference
 from keras import ops
 
 import keras_vera
-from keras_vera._arithmetic import Layout
-from keras_vera._arithmetic import adapter_product
-from keras_vera._arithmetic import folded_product
-from keras_vera._arithmetic import merged_kernel
-from keras_vera._plan import choose_plan
-from keras_vera._structure import Dense
 from keras_vera.layers._contraction import dense_contraction
+from keras_vera.product.arithmetic import Layout
+from keras_vera.product.arithmetic import adapter_product
+from keras_vera.product.arithmetic import folded_product
+from keras_vera.product.arithmetic import merged_kernel
+from keras_vera.product.plan import choose_plan
+from keras_vera.product.structure import Dense
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

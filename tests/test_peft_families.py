@@ -22,8 +22,8 @@ from peft_families import keras_hidden_states
 from peft_families import with_peft
 
 import keras_vera
-from keras_vera._peft_families import find_family
-from keras_vera._peft_tables import FAMILIES as TABLES
+from keras_vera.peft.families import find_family
+from keras_vera.peft.tables import FAMILIES as TABLES
 
 pytestmark = pytest.mark.in_turn
 

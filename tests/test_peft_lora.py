@@ -29,11 +29,11 @@ from test_peft_families import both_tasks
 from test_peft_families import gated_dinov2
 
 import keras_vera
-from keras_vera._peft_families import find_family
-from keras_vera._peft_families import modules_of
-from keras_vera._peft_families import parts_of
-from keras_vera._structure import Blocks
-from keras_vera._structure import Dense
+from keras_vera.peft.families import find_family
+from keras_vera.peft.families import modules_of
+from keras_vera.peft.families import parts_of
+from keras_vera.product.structure import Blocks
+from keras_vera.product.structure import Dense
 
 pytestmark = pytest.mark.in_turn
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from keras_vera._plan import Plan
-from keras_vera._plan import choose_plan
-from keras_vera._structure import Blocks
-from keras_vera._structure import Dense
+from keras_vera.product.plan import Plan
+from keras_vera.product.plan import choose_plan
+from keras_vera.product.structure import Blocks
+from keras_vera.product.structure import Dense
 
 # tokens, m, n, rank, blocks: folded, kept, M from the kernel.
 TABLE = [

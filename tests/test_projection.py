@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_vera import SharedProjection
-from keras_vera import _random
-from keras_vera._random import unit_uniform
 from keras_vera.layers import VeRADense
+from keras_vera.product import random
+from keras_vera.product.random import unit_uniform
 
 MASK = 2**64 - 1
 
@@ -160,7 +160,7 @@ def test_golden_pairs(seed, rank, m, n, hash_a, hash_b, floatx):
     chunk=st.sampled_from([8, 10, 16, 1 << 16]),
 )
 def test_generator_is_the_reference(seed, stream, start, count, chunk):
-    with mock.patch.object(_random, "_CHUNK", chunk):
+    with mock.patch.object(random, "_CHUNK", chunk):
         entries = unit_uniform(seed, stream, count, start)
     assert entries.dtype == "float32"
     expected = reference(seed, stream, count, start)
@@ -169,7 +169,7 @@ def test_generator_is_the_reference(seed, stream, start, count, chunk):
 
 def test_chunks_join():
     # The size that is used, which the small ones above stand for.
-    start = _random._CHUNK - 20
+    start = random._CHUNK - 20
     np.testing.assert_array_equal(
         unit_uniform(7, 0, start + 40)[start:], reference(7, 0, 40, start)
     )

@@ -12,8 +12,8 @@ from helpers import spoil
 from keras import ops
 
 import keras_vera
-from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera.layers._base_layer import stored_kernel
+from keras_vera.layers._fingerprint import kernel_fingerprint
 
 L = keras.layers
 

@@ -13,13 +13,13 @@ import numpy as np
 from keras import ops
 
 from keras_vera import _keras
-from keras_vera._base_scope import suspended
-from keras_vera._fingerprint import kernel_fingerprint
 from keras_vera.layers._base_layer import stored_kernel
+from keras_vera.layers._base_scope import suspended
+from keras_vera.layers._fingerprint import kernel_fingerprint
 from keras_vera.layers._kinds import kind_of
 from keras_vera.layers._vera_layer import VeRALayer
-from keras_vera.projection import EXPLICIT
-from keras_vera.projection import pair_sha256
+from keras_vera.product.projection import EXPLICIT
+from keras_vera.product.projection import pair_sha256
 
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")
 

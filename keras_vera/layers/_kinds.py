@@ -7,23 +7,23 @@ its adapter adds, and a row in `KINDS`.
 import keras
 from keras import ops
 
-from keras_vera._arithmetic import adapter_product
-from keras_vera._arithmetic import convolution_product
-from keras_vera._arithmetic import folded_kernel
-from keras_vera._arithmetic import folded_product
-from keras_vera._arithmetic import lookup_product
-from keras_vera._arithmetic import reverse_lookup_product
-from keras_vera._bank_scope import rows_of
 from keras_vera.layers._base_layer import kernel_shape
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._contraction import Contraction
 from keras_vera.layers._contraction import count_tokens
 from keras_vera.layers._contraction import dense_contraction
 from keras_vera.layers._contraction import einsum_contraction
+from keras_vera.layers._mixed_batch import rows_of
 from keras_vera.layers._private_reads import check_read
 from keras_vera.layers._private_reads import variable_of_base
 from keras_vera.layers._vera_layer import VeRALayer
 from keras_vera.layers._vera_layer import after_adapter
+from keras_vera.product.arithmetic import adapter_product
+from keras_vera.product.arithmetic import convolution_product
+from keras_vera.product.arithmetic import folded_kernel
+from keras_vera.product.arithmetic import folded_product
+from keras_vera.product.arithmetic import lookup_product
+from keras_vera.product.arithmetic import reverse_lookup_product
 
 
 class _MatrixKind(VeRALayer):

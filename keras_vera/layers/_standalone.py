@@ -4,14 +4,14 @@ import keras
 import numpy as np
 
 from keras_vera import _keras
-from keras_vera._base_scope import suspended
-from keras_vera._checks import check_d_initial
-from keras_vera._checks import check_dropout
-from keras_vera._checks import check_plan
 from keras_vera.layers._base_layer import stored_kernel
-from keras_vera.projection import EXPLICIT
-from keras_vera.projection import SharedProjection
-from keras_vera.projection import pair_sha256
+from keras_vera.layers._base_scope import suspended
+from keras_vera.product.checks import check_d_initial
+from keras_vera.product.checks import check_dropout
+from keras_vera.product.checks import check_plan
+from keras_vera.product.projection import EXPLICIT
+from keras_vera.product.projection import SharedProjection
+from keras_vera.product.projection import pair_sha256
 
 _HASH = "vera_projection_sha256"
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")

@@ -7,13 +7,13 @@ import numpy as np
 from keras import ops
 
 from keras_vera import _keras
-from keras_vera._arithmetic import Layout
-from keras_vera._arithmetic import folded_kernel
-from keras_vera._bank_scope import check_rows
-from keras_vera._bank_scope import rows_of
-from keras_vera._base_scope import shows_base
-from keras_vera._plan import choose_plan
 from keras_vera.layers._base_layer import stored_kernel
+from keras_vera.layers._base_scope import shows_base
+from keras_vera.layers._mixed_batch import check_rows
+from keras_vera.layers._mixed_batch import rows_of
+from keras_vera.product.arithmetic import Layout
+from keras_vera.product.arithmetic import folded_kernel
+from keras_vera.product.plan import choose_plan
 
 # Its `layer` is the adapted layer of which only the base's output is wanted.
 # (`torch.compile` follows a `threading.local`, but no `ContextVar`.)

@@ -1,0 +1,148 @@
+"""Optimizers, as they are inside."""
+
+import copy
+import functools
+
+import keras
+
+
+def update_variables_one_by_one(optimizer, grads, variables, learning_rate):
+    """Makes a step by `update_step`, as Keras does on the other backends.
+
+    On PyTorch, Keras has another form of it for all variables together.
+    """
+    from keras.src.backend.torch.optimizers import torch_parallel_optimizer
+
+    together = torch_parallel_optimizer.TorchParallelOptimizer
+    step = super(together, optimizer)._backend_update_step
+    step(grads, variables, learning_rate)
+
+
+def _allow_that_nothing_decays():
+    """Lets optimizers exclude all that trains from weight decay.
+
+    On PyTorch, Keras' own method fails for an empty list, which it has where
+    the vectors are excluded and nothing else trains.
+    """
+    from keras.src.backend.torch.optimizers import torch_optimizer
+
+    cls = torch_optimizer.TorchOptimizer
+    apply_plain = cls._apply_weight_decay
+
+    @functools.wraps(apply_plain)
+    def apply(optimizer, variables):
+        variables = [v for v in variables if optimizer._use_weight_decay(v)]
+        if variables:
+            apply_plain(optimizer, variables)
+
+    cls._apply_weight_decay = apply
+
+
+if keras.backend.backend() == "torch":
+    _allow_that_nothing_decays()
+
+
+# What `exclude_from_weight_decay` was told, which is in no config.
+_EXCLUDED = "_exclude_from_weight_decay"
+
+
+def _reset_optimizer_of(model, others):
+    """Makes the optimizer of `model` start again with other variables.
+
+    Args:
+        model: A model whose trainable variables have changed.
+        others: List of models that have not changed.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if not getattr(optimizer, "built", False):
+        return
+    try:
+        if any(_trains(optimizer, other) for other in others):
+            # It goes on where it is.
+            model.optimizer = _unbuilt_copy(optimizer)
+        else:
+            _undo_build(optimizer, {id(v) for v in model.variables})
+    except Exception:
+        # A custom optimizer of another make: `fit` then asks for `compile`,
+        # instead of training the wrong variables.
+        model.compiled = False
+
+
+def _trains(optimizer, model):
+    if getattr(model, "optimizer", None) is not optimizer:
+        return False
+    trained = {id(v) for v in optimizer._trainable_variables}
+    return trained <= {id(v) for v in model.trainable_variables}
+
+
+def _unbuilt_copy(optimizer):
+    made = type(optimizer).from_config(optimizer.get_config())
+    for one, original in zip(_parts(made), _parts(optimizer)):
+        for name in (_EXCLUDED, f"{_EXCLUDED}_pattern"):
+            if hasattr(original, name):
+                setattr(one, name, copy.copy(getattr(original, name)))
+    return made
+
+
+def _parts(optimizer):
+    """Returns the optimizer and those inside it."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inner = [] if inner is None else [inner]
+    inner += getattr(optimizer, "optimizers", [])
+    return [optimizer, *(part for each in inner for part in _parts(each))]
+
+
+def _undo_build(optimizer, living):
+    """Makes an optimizer, and those inside it, as before `build`.
+
+    It stays the same object, with all that it was told since it was made.
+    Relies on `build` making all variables but those of the constructor anew,
+    and on what `BaseOptimizer.build` and `MultiOptimizer.build` set.
+
+    Args:
+        optimizer: A built optimizer.
+        living: Set of the ids of the variables of its model.
+    """
+    for part in _parts(optimizer):
+        if part.built:
+            _undo_own_build(part, living)
+    by_variable = getattr(optimizer, "_optimizer_map", None)
+    if by_variable is None:
+        return
+    # Those that a function picks come again when it is asked again.
+    listed = [getattr(by_variable, "default_optimizer", None)]
+    if hasattr(by_variable, "values"):
+        listed += by_variable.values()
+    optimizer._inner_optimizers = [
+        part
+        for part in optimizer.optimizers
+        if any(part is one for one in listed)
+    ]
+
+
+def _undo_own_build(optimizer, living):
+    kept = _ids_of_constructor_variables(optimizer)
+    for variable in list(optimizer._variables):
+        if id(variable) not in kept:
+            optimizer._untrack_variable(variable)
+    optimizer._iterations.assign(0)
+    # A new variable may get the id of one that is gone.
+    for variable in optimizer._trainable_variables:
+        if id(variable) not in living:
+            excluded = getattr(optimizer, _EXCLUDED, set())
+            excluded.discard(optimizer._var_key(variable))
+    getattr(optimizer, f"{_EXCLUDED}_cache", {}).clear()
+    optimizer._trainable_variables_indices.clear()
+    # Not as an attribute, which would be tracked.
+    vars(optimizer)["_trainable_variables"] = []
+    optimizer.built = False
+
+
+def _ids_of_constructor_variables(optimizer):
+    try:
+        made = type(optimizer).from_config(optimizer.get_config())
+    except Exception:
+        variables = [optimizer._iterations, optimizer._learning_rate]
+    else:
+        variables = optimizer._variables[: len(made._variables)]
+    return {id(variable) for variable in variables}

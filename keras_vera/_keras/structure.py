@@ -1,0 +1,114 @@
+"""What a model is made of: layers, their paths and their variables."""
+
+import keras
+from keras.src.saving import saving_lib
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils import naming
+
+
+def structural_paths(model):
+    """Returns `{path: layer}` for `model` and all layers below it.
+
+    The path is the one under which Keras' own saving finds the layer
+    (attribute names and positions in containers); unlike `layer.path` it is
+    unique and the same in every build of a model. `model` itself has path "".
+    """
+    paths = {}
+    seen = set()
+
+    def visit(layer, path):
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        paths[path] = layer
+        if not layer._layers:
+            # Nothing below; and reading `kernel` of an adapted layer costs.
+            return
+        for attribute, child in saving_lib._walk_saveable(layer):
+            child_path = f"{path}/{attribute}" if path else attribute
+            if isinstance(child, keras.Layer):
+                visit(child, child_path)
+            elif isinstance(child, (list, dict, tuple)):
+                visit_container(child, child_path, set())
+
+    def visit_container(container, path, outer):
+        if id(container) in outer:
+            return
+        outer = outer | {id(container)}
+        if isinstance(container, dict):
+            container = list(container.values())
+        counts = {}
+        for child in container:
+            if isinstance(child, (list, dict, tuple)):
+                name = "container"
+            elif isinstance(child, KerasSaveable):
+                name = naming.to_snake_case(type(child).__name__)
+            else:
+                continue
+            count = counts[name] = counts.get(name, -1) + 1
+            child_path = f"{path}/{name}_{count}" if count else f"{path}/{name}"
+            if isinstance(child, keras.Layer):
+                visit(child, child_path)
+            elif name == "container":
+                visit_container(child, child_path, outer)
+
+    visit(model, "")
+    return paths
+
+
+def own_variables(layer):
+    """Returns the weights of `layer` itself, without its sub-layers'."""
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def trained_variables(layer):
+    """Returns the weights of `layer` itself that were made to train."""
+    return list(layer._trainable_variables)
+
+
+def untrained_variables(layer):
+    """Returns the weights of `layer` itself that were made not to train.
+
+    Which of the two lists holds a variable says so, whatever flags are set.
+    Seed generators and metrics have lists of their own.
+    """
+    return list(layer._non_trainable_variables)
+
+
+def flatten_layers(model):
+    """Returns `model` and every layer below it, each once."""
+    return model._flatten_layers()
+
+
+def flatten_in_order(layer):
+    """Returns the layers below in the order of `Layer.weights`."""
+    found = [layer]
+    for below in layer._layers:
+        found.extend(flatten_in_order(below))
+    return list({id(x): x for x in found}.values())
+
+
+def sub_layers(layer):
+    return list(layer._layers)
+
+
+def stored_attribute(layer, name):
+    """Returns what an instance has under the name of a property."""
+    # On PyTorch, layers in attributes are kept as modules.
+    for values in (vars(layer), vars(layer).get("_modules", {})):
+        if name in values:
+            return values[name]
+    # TensorFlow asks for each attribute before its first value is stored.
+    raise AttributeError(f"{type(layer).__name__!r} object has no {name!r}")
+
+
+def takes_training(layer):
+    return layer._call_has_training_arg
+
+
+def draws_random_numbers(layer):
+    return bool(layer._seed_generators)
+
+
+def is_rematerialized(layer):
+    return getattr(layer, "_remat_mode", None) is not None

@@ -1,0 +1,394 @@
+import itertools
+import os
+import threading
+
+import numpy as np
+from keras import ops
+from keras import tree
+
+from keras_vera import _keras
+from keras_vera.bank.batches import without_none
+from keras_vera.bank.data import Batches
+from keras_vera.bank.data import data_of
+from keras_vera.bank.data import validation_of
+from keras_vera.bank.files import BankFiles
+from keras_vera.bank.generate import Generator
+from keras_vera.bank.generate import can_generate
+from keras_vera.bank.model import BankModel
+from keras_vera.bank.names import count_examples
+from keras_vera.bank.names import names_of
+from keras_vera.bank.scores import Scores
+from keras_vera.bank.slots import Slots
+from keras_vera.files.format import check_file_dtype
+from keras_vera.files.format import check_filepath
+from keras_vera.product.checks import check_integer
+
+
+class AdapterBank:
+    """Many adapters on one base model, used and trained in one batch.
+
+    A batch in which every example has its own adapter costs two shared matrix
+    products and a gather of vectors for each adapted layer, however many
+    adapters there are: `y = x W + b[ids] * ((x A * d[ids]) B)`. The bank holds
+    `d` and `b` of every adapted layer, stacked, and of every adapter its own
+    task head, if `model` has one that trains.
+
+    Heads are `Dense` layers. Adapters may have fewer classes than the head of
+    `model`; the logits of the classes that an adapter has not are -1e9.
+
+    With a `folder`, which holds an adapter file for each name, the bank may
+    be much larger than the device's memory: adapters are read when a batch
+    needs them, and the least recently used make room. Every change is
+    written to the folder at once.
+
+    Several threads may use one bank; its methods wait for each other. What
+    the other methods do to `bank.model` and `model` directly is not guarded.
+
+    Args:
+        model: A model on which `keras_vera.enable_vera` was called. It stays
+            usable; its own vectors are no adapter of the bank. The first axis
+            of what its adapted layers receive must be that of the examples.
+        capacity: Positive integer, the number of adapters in the device's
+            memory. See `grow`.
+        folder: `str` or `pathlib.Path`, a folder of adapter files that is the
+            bank; made if it does not exist. Defaults to `None`: all adapters
+            are in the device's memory.
+
+    Attributes:
+        model: A `keras.Model` with the inputs of `model` and `adapter_ids`,
+            int32 of shape `(batch,)`: in a dict, under this key; else as the
+            last of a list or tuple, `[x, adapter_ids]`. Its trained variables
+            are the bank's, so `compile` and `fit` train adapters, each by its
+            own examples; those absent from a batch do not move, nor does the
+            optimizer's state for them. Ids without an adapter are an error:
+            at once in arrays and in eager calls, at the end of `fit`,
+            `evaluate` or `predict` in datasets, which a compiled function
+            reads. Their outputs are NaN and they train nothing, also in
+            functions that you compile yourself.
+
+    Example:
+
+    ```python
+    keras_vera.enable_vera(classifier, rank=256)
+    bank = keras_vera.AdapterBank(classifier, capacity=100)
+    bank.add("ann")
+    bank.load("bob", "bob.vera.safetensors")
+    bank.model.compile(
+        optimizer=keras_vera.vera_optimizer(),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    bank.fit(texts, labels, adapters=["ann", "bob", "ann"])
+    bank.predict(texts, adapters=["bob", "ann", None])  # None: the base
+    bank.save("ann", "ann.vera.safetensors")
+    ```
+    """
+
+    def __init__(self, model, capacity, folder=None):
+        capacity = check_integer("capacity", capacity, 1)
+        self._files = BankFiles(model)
+        self._base = model
+        files = self._files
+        self.model = BankModel(
+            model, files.variables, files.fresh, files.layers, capacity
+        )
+        self.model.set_classes([0], [files.classes])
+        folder = None if folder is None else os.fspath(folder)
+        self._slots = Slots(self.model, files, folder)
+        self.model.adapters = self._slots
+        self._generator = Generator(model)
+        self._lock = threading.RLock()
+
+    # ---- Names.
+
+    @property
+    def capacity(self):
+        return self._slots.capacity
+
+    @property
+    def names(self):
+        """The names of all adapters, a list."""
+        with self._lock:
+            return list(self._slots.names)
+
+    def __len__(self):
+        return len(self._slots.names)
+
+    def __contains__(self, name):
+        return name in self._slots.names
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def add(self, name, classes=None, like=None):
+        """Adds a fresh adapter: `b` is 0, and the head is that of the model.
+
+        With `like`, it starts warm instead, as others are: a copy of one, or
+        the mean of several, of their vectors and of their heads.
+
+        Args:
+            name: String, not in the bank yet.
+            classes: Positive integer, how many of the head's classes the
+                adapter has. Defaults to `None`: all, or as many as `like`.
+            like: String or list of strings, adapters of the bank, all of the
+                same number of classes. Defaults to `None`: fresh.
+        """
+        with self._lock:
+            self._slots.add(name, classes, like)
+
+    def load(self, name, filepath, head=True):
+        """Loads an adapter file, made by `save` or `keras_vera.save_adapter`.
+
+        Args:
+            name: String, not in the bank yet.
+            filepath: `str` or `pathlib.Path`.
+            head: Boolean, whether to load the task head as well. `False`
+                gives the adapter that of the model. Defaults to `True`.
+
+        Raises:
+            keras_vera.AdapterFileError: If the file is damaged or belongs to
+                another base, or to another rank, seed or set of layers. The
+                bank is then as it was.
+        """
+        with self._lock:
+            self._slots.check_new(name)
+            self._slots.put(name, *self._files.read(filepath, head))
+
+    def save(self, name, filepath, dtype="float32"):
+        """Saves an adapter as `keras_vera.save_adapter` does.
+
+        Args:
+            name: String, an adapter of the bank.
+            filepath: `str` or `pathlib.Path`. Must end in `.vera.safetensors`.
+            dtype: How floats are stored; see `keras_vera.save_adapter`.
+                Defaults to `"float32"`.
+        """
+        filepath = check_filepath(filepath)
+        check_file_dtype(dtype)
+        with self._lock:
+            self._slots.check_known([name], base=False)
+            self._slots.save(name, filepath, dtype=dtype)
+
+    def remove(self, name):
+        """Removes an adapter; from a bank with a folder, also its file."""
+        with self._lock:
+            self._slots.check_known([name], base=False)
+            self._slots.check_not_fitting(name)
+            self._slots.remove(name)
+
+    def rename(self, name, new_name):
+        """Gives an adapter another name.
+
+        Args:
+            name: String, an adapter of the bank.
+            new_name: String, not in the bank yet.
+        """
+        with self._lock:
+            self._slots.check_known([name], base=False)
+            self._slots.check_new(new_name)
+            self._slots.check_not_fitting(name)
+            self._slots.rename(name, new_name)
+
+    def grow(self, capacity):
+        """Makes room for more adapters; those that there are stay.
+
+        Args:
+            capacity: Integer, larger than the present capacity.
+        """
+        with self._lock:
+            minimum = self.capacity + 1
+            capacity = check_integer("capacity", capacity, minimum)
+            self._slots.check_not_fitting()
+            self._slots.grow(capacity)
+
+    def ids(self, adapters):
+        """Returns the `adapter_ids` of names, for `bank.model`.
+
+        Args:
+            adapters: List of names; `None` stands for the base model.
+
+        Returns:
+            An int32 NumPy array.
+        """
+        if self._slots.folder is not None:
+            raise ValueError(
+                "A bank with a folder gives no ids, since its adapters come "
+                "and go. Use `bank.predict`, `bank.fit` or `bank.generate` "
+                "with names."
+            )
+        with self._lock:
+            return self._slots.bring(names_of(adapters))
+
+    # ---- Using and training adapters.
+
+    def predict(self, x, adapters=None, batch_size=32, **kwargs):
+        """Predicts for each example with its own adapter.
+
+        Args:
+            x: Inputs of `model`: arrays, or what its preprocessor takes. Or a
+                dataset whose batches end with names, `(x, names)` or `(x, y,
+                names)`: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
+                PyTorch `DataLoader`, a grain dataset, or a generator. An
+                empty name there stands for the base model.
+            adapters: List with a name for each example; `None` stands for the
+                base model. NumPy arrays, pandas series and tensors of strings
+                do as well. Not for a dataset.
+            batch_size: Positive integer, for arrays. Defaults to `32`.
+            **kwargs: Further arguments of `keras.Model.predict`.
+
+        Returns:
+            NumPy array(s) of predictions.
+        """
+        check_integer("batch_size", batch_size, 1)
+        kwargs = {"verbose": 0, **kwargs}
+        data = data_of(self._base, x, adapters=adapters, has_targets=False)
+        with self._lock:
+            if isinstance(data, Batches):
+                if self._slots.have_room_for(data.names):
+                    x, *_ = data.joined(self._slots.ids(data.names))
+                    return self.model.predict(x, **kwargs)
+                batches = self._batches(data, kwargs)
+                outputs = [self.model.predict_on_batch(x) for x, *_ in batches]
+                outputs = tree.map_structure(ops.convert_to_numpy, outputs)
+            else:
+                self._slots.check_known(data.names)
+                outputs = []
+                for part, size in self._slots.parts(data.names, batch_size):
+                    inputs, *_ = data.part(part, self._slots.bring)
+                    outputs.append(
+                        self.model.predict(inputs, batch_size=size, **kwargs)
+                    )
+        return tree.map_structure(lambda *ys: np.concatenate(ys), *outputs)
+
+    def evaluate(self, x, y=None, adapters=None, sample_weight=None, **kwargs):
+        """Evaluates each example with its own adapter.
+
+        Args:
+            x: As in `predict`; a dataset has batches `(x, y, names)` or `(x,
+                y, sample_weight, names)`.
+            y: Targets, an array. Not for a dataset.
+            adapters: As in `predict`.
+            sample_weight: As in `keras.Model.evaluate`.
+            **kwargs: Further arguments of `keras.Model.evaluate`. With more
+                different adapters than `capacity`: `batch_size`, `steps`,
+                `return_dict` and `verbose` only.
+
+        Returns:
+            As `keras.Model.evaluate`.
+        """
+        data = data_of(self._base, x, y, sample_weight, adapters)
+        with self._lock:
+            if self._slots.have_room_for(data.names):
+                x, y, sample_weight = data.joined(self._slots.ids(data.names))
+                return self.model.evaluate(
+                    x, y, sample_weight=sample_weight, **kwargs
+                )
+            return_dict = kwargs.pop("return_dict", False)
+            scores = Scores(self.model, together=True)
+            for batch in self._batches(data, kwargs):
+                scores.add(*batch)
+            found = scores.results()[0]
+            if return_dict:
+                return found
+            return list(found.values()) if len(found) > 1 else found["loss"]
+
+    def fit(
+        self,
+        x,
+        y=None,
+        *,
+        adapters=None,
+        sample_weight=None,
+        validation_data=None,
+        **kwargs,
+    ):
+        """Trains many adapters, each by its own examples.
+
+        Call `bank.model.compile` first. In arrays, examples are shuffled as
+        in every `fit`; no two adapters influence each other. See
+        `keras_vera.callbacks.BestAdapters` for the best of each.
+
+        Args:
+            x: As in `evaluate`.
+            y: Targets, an array. Not for a dataset.
+            adapters: List with a name for each example, of no more different
+                adapters than `capacity`. `None` stands for the base model,
+                which does not train. For a dataset, a list of all names that
+                may occur in it; needed only where the bank has more adapters
+                than `capacity`, as no slot is filled anew while `fit` runs.
+            sample_weight: As in `keras.Model.fit`.
+            validation_data: `(x, y, names)` or `(x, y, sample_weight,
+                names)`, or a dataset of such batches. These adapters need
+                slots, too. Defaults to `None`.
+            **kwargs: Further arguments of `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        data = data_of(self._base, x, y, sample_weight, adapters)
+        validation = validation_of(self._base, validation_data)
+        with self._lock:
+            self._slots.check_not_fitting()
+            ids = self._slots.ids_for_fit(data, validation)
+            x, y, sample_weight = data.joined(ids)
+            if validation is not None:
+                validation_data = without_none(validation.joined(ids))
+            with self._slots.training(ids.keys() - {None}):
+                return self.model.fit(
+                    x,
+                    y,
+                    sample_weight=sample_weight,
+                    validation_data=validation_data,
+                    **kwargs,
+                )
+
+    def generate(self, prompts, adapters, **kwargs):
+        """Generates for each prompt with its own adapter.
+
+        Args:
+            prompts: As in `generate` of the KerasHub `CausalLM` that the bank
+                was made on: a list of strings, or a dict of arrays.
+            adapters: List with a name for each prompt; `None` stands for the
+                base model.
+            **kwargs: Further arguments of `CausalLM.generate`, such as
+                `max_length`.
+
+        Returns:
+            As `CausalLM.generate`.
+        """
+        if not can_generate(self._base):
+            raise ValueError(
+                "`generate` needs a bank on a `keras_hub.models.CausalLM`. "
+                f"Received: a bank on a {type(self._base).__name__}"
+            )
+        if not isinstance(prompts, (list, dict)):
+            raise ValueError(
+                "`prompts` must be a list of strings or a dict of arrays. "
+                f"Received: prompts of type {type(prompts).__name__}"
+            )
+        adapters = names_of(adapters, count_examples(prompts))
+        with self._lock:
+            self.model.check_base()
+            _keras.synchronize(self.model)
+            rows = self.model.rows(self._slots.bring(adapters))
+            return self._generator.generate(rows, prompts, **kwargs)
+
+    def _combine(self, weights, name, method, head):
+        """Adds the combination of adapters; see `keras_vera.combine`."""
+        with self._lock:
+            return self._slots.combine(weights, name, method, head)
+
+    def _batches(self, data, kwargs):
+        """Yields batches one after the other, each with its own adapters."""
+        kwargs = dict(kwargs)
+        kwargs.pop("verbose", None)
+        steps = kwargs.pop("steps", None)
+        size = kwargs.pop("batch_size", None) or 32
+        if kwargs:
+            raise ValueError(
+                f"{len(self)} adapters in a bank with capacity="
+                f"{self.capacity} are used batch by batch, without "
+                f"`{next(iter(kwargs))}`. Name no more adapters than fit, or "
+                "leave it out."
+            )
+        size = min(size, self._slots.room)
+        return itertools.islice(data.batches(size, self._slots.bring), steps)

@@ -1,0 +1,122 @@
+"""What the methods of an `AdapterBank` take: examples with names."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from keras import tree
+
+from keras_vera.bank.batches import NamedBatches
+from keras_vera.bank.batches import is_dataset
+from keras_vera.bank.ids import has_ids
+from keras_vera.bank.ids import join_ids
+from keras_vera.bank.names import as_numpy
+from keras_vera.bank.names import count_examples
+from keras_vera.bank.names import names_of
+from keras_vera.bank.names import preprocessed
+
+
+@dataclasses.dataclass
+class Examples:
+    """Arrays, with a name for each example."""
+
+    x: Any
+    y: Any
+    sample_weight: Any
+    names: list
+
+    def joined(self, ids):
+        """Returns `(x, y, sample_weight)` for `bank.model`.
+
+        Args:
+            ids: Dict of ids by name.
+        """
+        found = np.array([ids[name] for name in self.names], "int32")
+        return join_ids(self.x, found), self.y, self.sample_weight
+
+    def part(self, part, ids_of):
+        """As `joined`, of a slice; `ids_of` takes a list of names."""
+        x, y, sample_weight = tree.map_structure(
+            lambda v: None if v is None else v[part],
+            (self.x, self.y, self.sample_weight),
+        )
+        return join_ids(x, ids_of(self.names[part])), y, sample_weight
+
+    def batches(self, size, ids_of):
+        for start in range(0, len(self.names), size):
+            yield self.part(slice(start, start + size), ids_of)
+
+
+@dataclasses.dataclass
+class Batches:
+    """A dataset whose batches end with names.
+
+    Attributes:
+        data: The dataset.
+        names: List of the names that may occur; `None`: all of the bank.
+        model: The model whose preprocessor the data goes through.
+        has_targets: Boolean, whether batches must have targets.
+    """
+
+    data: Any
+    names: list | None
+    model: Any
+    has_targets: bool = True
+
+    def joined(self, ids):
+        named = NamedBatches(ids, self.model, self.has_targets)
+        return named.of(self.data), None, None
+
+    def batches(self, size, ids_of):
+        named = NamedBatches(ids_of, self.model, self.has_targets)
+        for batch in self.data:
+            yield tree.map_structure(as_numpy, named(batch))
+
+
+def data_of(
+    model, x, y=None, sample_weight=None, adapters=None, has_targets=True
+):
+    """Returns the `Examples` or `Batches` of the arguments of a method.
+
+    Args:
+        model: The model that the bank is for.
+        x, y, sample_weight, adapters: As in `AdapterBank.fit`.
+        has_targets: Boolean, whether batches must have targets.
+    """
+    if not is_dataset(x):
+        x, y, sample_weight = preprocessed(model, x, y, sample_weight)
+        names = names_of(adapters, count_examples(x))
+        return Examples(x, y, sample_weight, names)
+    if y is not None or sample_weight is not None:
+        raise ValueError(
+            "`y` and `sample_weight` must be parts of the batches of a "
+            "dataset, `(x, y, sample_weight, names)`. Received: them beside "
+            f"a {type(x).__name__}"
+        )
+    names = None if adapters is None else names_of(adapters)
+    return Batches(x, names, model, has_targets)
+
+
+def validation_of(model, data):
+    """Returns the `Examples` or `Batches` of `validation_data`.
+
+    `None` stands for none, and for what has ids already.
+    """
+    if data is None:
+        return None
+    if is_dataset(data):
+        return Batches(data, None, model)
+    is_tuple = isinstance(data, (tuple, list))
+    if is_tuple and 2 <= len(data) <= 3 and has_ids(data[0]):
+        return None
+    if not is_tuple or not 3 <= len(data) <= 4:
+        received = f"{len(data)} parts" if is_tuple else f"a {type(data)}"
+        raise ValueError(
+            "`validation_data` must end with the name of the adapter of each "
+            "example: `(x, y, names)` or `(x, y, sample_weight, names)`. "
+            f"Received: {received}"
+        )
+    x, y, *weights, names = data
+    data = preprocessed(model, x, y, *weights)
+    what = "The names in `validation_data`"
+    return Examples(*data, names_of(names, count_examples(data[0]), what))

@@ -1,0 +1,220 @@
+"""Adapter files for the slots of an `AdapterBank`."""
+
+import os
+import urllib.parse
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_vera import _keras
+from keras_vera.bank import heads
+from keras_vera.files import fit
+from keras_vera.files import format as adapter_format
+from keras_vera.files import saved
+from keras_vera.files.format import EXTENSION
+from keras_vera.files.format import AdapterFileError
+from keras_vera.files.format import check_filepath
+from keras_vera.layers import _base_scope
+from keras_vera.layers._in_place import is_adapted
+from keras_vera.model import adaptation
+
+
+class BankFiles:
+    """What an adapter of a model consists of, and how files hold it.
+
+    Everything that depends on the model is found once, so that a file costs
+    no more than its own bytes.
+
+    Attributes:
+        variables: Dict of the model's own variables, by entry name.
+        fresh: Dict of NumPy arrays, what an adapter holds before training.
+        layers: Dict by layer of the entry names that it reads; see
+            `BankModel`.
+        classes: Integer, the classes of the model's head; 1 without a head.
+    """
+
+    def __init__(self, model):
+        _base_scope.check_outside(model)
+        layers = adaptation.check_adapted(model)
+        adaptation.check_base_is_clean(model, layers)
+        _check_no_rematerialization(model)
+        _keras.synchronize(model)
+        self._paths = _keras.structural_paths(model)
+        _check_nothing_more_trains(self._paths)
+        self.variables = saved.trained_variables(self._paths)
+        self._header = saved.make_header(model, self._paths)
+        self._expected = saved.expected_entries(self._paths)
+        names = {id(v): name for name, v in self.variables.items()}
+        self.layers, heads, self.fresh = {}, [], {}
+        for layer in self._paths.values():
+            if is_adapted(layer):
+                _check_order_of_examples(layer)
+                own = layer.vera_lambda_d, layer.vera_lambda_b
+                d, b = (names[id(v)] for v in own)
+                start = self._header["d_initial"]
+                self.fresh[d] = np.full(own[0].shape, start, "float32")
+                self.fresh[b] = np.zeros(own[1].shape, "float32")
+                self.layers[layer] = d, b
+                continue
+            own = [v for v in _keras.own_variables(layer) if id(v) in names]
+            if own:
+                heads.append(layer)
+                _check_head(layer, own)
+                both = [names[id(v)] for v in own]
+                for name, variable in zip(both, own):
+                    self.fresh[name] = np.array(ops.convert_to_numpy(variable))
+                self.layers[layer] = [*both, None, None][:2]
+        for head in heads:
+            heads.make_head(head)
+        output = heads.output_head(model, heads)
+        for head in heads:
+            classes = True if head is output else None
+            self.layers[head] = (*self.layers[head], classes)
+        self.classes = 1 if output is None else output.units
+        # The entries of which an adapter may have the first columns only.
+        self._output = self.layers[output][:2] if output is not None else ()
+
+    def read(self, filepath, head=True):
+        """Returns the arrays of a file by entry name, padded; and classes.
+
+        Without `head`, what is outside the base is that of a fresh adapter.
+        """
+        header, tensors = adapter_format.read(filepath)
+        if not head:
+            vectors = saved.without_head(header, tensors)
+            fresh = saved.without_head(self._header, self.fresh)
+            heads = {x: self.fresh[x] for x in self.fresh if x not in fresh}
+            tensors = {**heads, **vectors}
+        fit.check_fits(self._paths, header, filepath, self._header)
+        classes = self._classes_of(tensors)
+        expected = {
+            name: ((*shape[:-1], classes), dtype)
+            if name in self._output
+            else (shape, dtype)
+            for name, (shape, dtype) in self._expected.items()
+        }
+        fit.check_entries(expected, tensors, header, filepath)
+        return {
+            name: self._padded(name, array) for name, array in tensors.items()
+        }, classes
+
+    def write(self, filepath, arrays, classes, dtype="float32"):
+        tensors = {
+            name: saved.as_array(
+                name,
+                array[..., :classes] if name in self._output else array,
+                dtype,
+            )
+            for name, array in arrays.items()
+        }
+        # The layout of memory is part of the file.
+        tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+        adapter_format.write(filepath, self._header, tensors)
+
+    @property
+    def header(self):
+        """The header that the model itself would give a file."""
+        return self._header
+
+    def _classes_of(self, tensors):
+        for name in self._output:
+            if name in tensors and tensors[name].ndim:
+                size = tensors[name].shape[-1]
+                if 1 <= size <= self.classes:
+                    return size
+        return self.classes
+
+    def _padded(self, name, array):
+        if name not in self._output:
+            return array
+        padded = self.fresh[name].copy()
+        padded[..., : array.shape[-1]] = array
+        return padded
+
+
+class Folder:
+    """A folder with an adapter file for each name."""
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        os.makedirs(self.path, exist_ok=True)
+
+    def names(self):
+        return [
+            urllib.parse.unquote(entry.name[: -len(EXTENSION)])
+            for entry in os.scandir(self.path)
+            if entry.name.endswith(EXTENSION)
+        ]
+
+    def file(self, name):
+        # Every name is a file name so, and no two names are the same.
+        quoted = urllib.parse.quote(name, safe=" ").replace(".", "%2E")
+        return check_filepath(os.path.join(self.path, quoted + EXTENSION))
+
+    def rename(self, old, new):
+        os.replace(self.file(old), self.file(new))
+
+    def remove(self, name):
+        try:
+            os.remove(self.file(name))
+        except FileNotFoundError:
+            raise AdapterFileError(
+                f"'{self.file(name)}' is gone; the folder of a bank must not "
+                "be changed while it is open."
+            ) from None
+
+
+def _check_nothing_more_trains(paths):
+    names = [
+        layer.name
+        for plan in saved.adaptations(paths)
+        for layer in plan.trained.variables
+    ]
+    if names:
+        raise ValueError(
+            "An `AdapterBank` cannot hold what trains in the base beside the "
+            f"vectors: {names[:5]}, {len(names)} layers in all. Call "
+            "`keras_vera.enable_vera` without `train`, on the part of the "
+            "model below its head."
+        )
+
+
+def _check_no_rematerialization(model):
+    if keras.backend.backend() != "torch":
+        return
+    for layer in _keras.flatten_layers(model):
+        if _keras.is_rematerialized(layer):
+            raise ValueError(
+                f"Layer '{layer.name}' was made in a `keras.RematScope`. On "
+                "PyTorch it runs again in the backward pass, when it is not "
+                "known any more which example has which adapter. Build the "
+                "model without the scope, or use another backend."
+            )
+
+
+def _check_order_of_examples(layer):
+    contraction = layer._vera_layout.contraction
+    first, *_ = contraction.input_permutation or (0,)
+    if first != 0 or 0 in contraction.summed_axes:
+        raise ValueError(
+            f"The output of layer '{layer.name}' does not begin with the axis "
+            f"of the examples: its equation is '{layer.equation}'. An "
+            "`AdapterBank` could not tell which rows have which adapter. "
+            "Leave this layer out of `targets`."
+        )
+
+
+def _check_head(layer, variables):
+    if not heads.is_possible_head(layer) or len(variables) > 2:
+        raise ValueError(
+            f"Layer '{layer.name}', a {type(layer).__name__}, trains outside "
+            "the base, and each adapter would have its own. An `AdapterBank` "
+            "can hold `keras.layers.Dense` layers only, without LoRA and not "
+            "quantized. Set `trainable = False` on this layer to share it."
+        )
+    if len(variables) == 1 and layer.use_bias:
+        raise ValueError(
+            f"Layer '{layer.name}' trains only in part. Set `trainable` of "
+            "the whole layer."
+        )

@@ -1,0 +1,1 @@
+"""Adapter files: saved, loaded, combined and shared."""

@@ -1,0 +1,197 @@
+import keras
+from keras import ops
+
+from keras_vera import _keras
+from keras_vera.files import fit
+from keras_vera.files import format as adapter_format
+from keras_vera.files import hub_paths
+from keras_vera.files import upload
+from keras_vera.files.format import check_file_dtype
+from keras_vera.files.saved import adaptations
+from keras_vera.files.saved import as_array
+from keras_vera.files.saved import entry_name
+from keras_vera.files.saved import expected_entries
+from keras_vera.files.saved import make_header
+from keras_vera.files.saved import trained_variables
+from keras_vera.files.saved import without_head
+from keras_vera.layers import _base_scope
+from keras_vera.layers._in_place import is_adapted
+from keras_vera.model import adaptation
+from keras_vera.model.trained import check_all_there
+from keras_vera.product.projection import EXPLICIT
+
+
+def save_adapter(model, filepath, dtype="float32"):
+    """Saves what was trained: the vectors, and the task head if there is one.
+
+    The file holds every trainable variable of `model`, and the state (such as
+    moving averages) of the layers that train in full, outside the base or by
+    `train` of `enable_vera`, each under its structural path. The header says
+    how to make the rest: rank, seed and hash of the random matrices, the
+    adapted layers and a fingerprint of their kernels. It is written beside
+    its destination first and then renamed, so a failure leaves an old file as
+    it was.
+
+    Args:
+        model: A model on which, or on a part of which, `enable_vera` was
+            called, or one that holds `keras_vera.layers`.
+        filepath: `str` or `pathlib.Path`. Must end in `.vera.safetensors`.
+            Or a path on the Hugging Face Hub, as `upload_adapter` takes it.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`: how floats are
+            stored (those of 64 bits as they are). Half the bytes cost a
+            relative error of 2**-11 or 2**-8 in every number. Defaults to
+            `"float32"`, which is exact.
+
+    Raises:
+        ValueError: If the model is not adapted, if its kernels hold another
+            adapter from a weights file, if state of its base has moved, if
+            `model.trainable` is `False`, if a number is not finite (in
+            `dtype`), or if an argument makes no sense.
+        keras_vera.AdapterFileError: If the file cannot be written. An older
+            file is then as it was.
+
+    Example:
+
+    ```python
+    keras_vera.save_adapter(model, "sst2.vera.safetensors")
+    ```
+    """
+    filepath = hub_paths.check_destination(filepath)
+    check_file_dtype(dtype)
+    layers = adaptation.check_adapted(model)
+    adaptation.check_base_is_clean(model, layers)
+    if not model.trainable:
+        raise ValueError(
+            f"`model.trainable` is False on model '{model.name}', so what was "
+            "trained outside the base, such as a head, would be lost. Set "
+            "`model.trainable = True` before saving."
+        )
+    with _base_scope.suspended():
+        upload.write(filepath, *_contents(model, layers, dtype))
+
+
+def _contents(model, layers, dtype):
+    """Returns header and entries of the file of an adapted model."""
+    _keras.synchronize(model)
+    adaptation.check_base_is_unmoved(model, layers)
+    paths = _keras.structural_paths(model)
+    check_all_there(model, paths, adaptations(paths))
+    tensors = {
+        name: as_array(name, variable, dtype)
+        for name, variable in trained_variables(paths).items()
+    }
+    for path, layer in paths.items():
+        if getattr(layer, "vera_base_bias", None) is not None:
+            name = entry_name(path, "bias", tensors)
+            tensors[name] = as_array(name, layer.bias, dtype)
+    projection = layers[0].projection
+    if projection.structure == EXPLICIT:
+        # No seed makes them again.
+        for name in fit.MATRICES:
+            tensors[name] = ops.convert_to_numpy(getattr(projection, name))
+    return make_header(model, paths), tensors
+
+
+def load_adapter(model, filepath, head=True):
+    """Loads an adapter file into its base model, or into an adapted model.
+
+    A base model is adapted as the header says, and everything is checked
+    before: an error leaves the model as it was.
+
+    Args:
+        model: The model that `save_adapter` was called on, built again: with
+            the same base weights, and with the same head if the file has one.
+            If VeRA is enabled on it, the rank, seed and layers must be those
+            of the file.
+        filepath: `str` or `pathlib.Path`, made by `save_adapter`. Or a path on
+            the Hugging Face Hub: `"hf://user/repo"`, with `@revision` behind
+            it for a branch, tag or commit, and with a name where the file is
+            not `adapter.vera.safetensors`.
+        head: Boolean, whether to load what trained outside the base as well,
+            such as a task head. `False` leaves it as `model` has it, which
+            may have a head of another size. Defaults to `True`.
+
+    Raises:
+        keras_vera.AdapterFileError: If the file cannot be read, is damaged,
+            or belongs to another base, or to another rank, seed or set of
+            layers.
+
+    Example:
+
+    ```python
+    classifier = keras_hub.models.BertTextClassifier.from_preset(
+        "bert_base_en", num_classes=2
+    )
+    keras_vera.load_adapter(classifier, "sst2.vera.safetensors")
+    ```
+    """
+    filepath = hub_paths.local_file(filepath)
+    header, tensors = adapter_format.read(filepath)
+    if not isinstance(model, keras.Layer):
+        raise ValueError(
+            "`model` must be a Keras model. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
+    _base_scope.check_outside(model)
+    adaptation.check_no_bank(model)
+    _keras.synchronize(model)
+    paths = _keras.structural_paths(model)
+    matrices = fit.popped_matrices(header, tensors, filepath)
+    biases = {
+        path: tensors.pop(name)
+        for path in header["layers"]
+        if (name := entry_name(path, "bias", ())) in tensors
+        and name not in header["trained"]
+    }
+    if not head:
+        tensors = without_head(header, tensors)
+    if any(is_adapted(layer) for layer in paths.values()):
+        layers = fit.check_fits(paths, header, filepath)
+        expected = expected_entries(paths, head=head)
+        fit.check_entries(expected, tensors, header, filepath)
+        fit.check_biases(layers, biases, filepath)
+    else:
+        layers, plan = _checked_adaptation(
+            model, paths, header, tensors, matrices, biases, filepath, head
+        )
+        plan.apply(model)
+    for name, variable in trained_variables(paths, head=head).items():
+        variable.assign(tensors[name])
+    for path, layer in layers.items():
+        if path in biases or getattr(layer, "vera_base_bias", None) is not None:
+            layer.set_adapter_bias(biases.get(path))
+
+
+def _checked_adaptation(
+    model, paths, header, tensors, matrices, biases, filepath, head
+):
+    """Returns how a base model is to be adapted for a file.
+
+    Also the layers to adapt, by path. Everything is checked.
+    """
+    projection, settings = fit.checked_settings(header, matrices, filepath)
+    layers, bases, outside = fit.check_base_model(
+        model, paths, header, filepath, head
+    )
+    fit.check_kernels(layers, header, filepath)
+    fit.note_ranks(header, tensors, filepath)
+    below = [x for base in bases for x in _keras.flatten_layers(base)]
+    trained = fit.check_trained(
+        layers, paths, header, [x for x in below if x not in outside], filepath
+    )
+    plan = adaptation.Adaptation(
+        projection=projection,
+        targets=header["targets"],
+        bases=bases,
+        trained=trained,
+        outside=outside,
+        layers=list(layers.values()),
+        output_offsets=[x["output_offset"] for x in header["layers"].values()],
+        ranks=[x["rank"] for x in header["layers"].values()],
+        **settings,
+    )
+    expected = expected_entries(paths, header, plan, head)
+    fit.check_entries(expected, tensors, header, filepath)
+    fit.check_biases(layers, biases, filepath)
+    fit.check_dims(projection, layers, header, filepath)
+    return layers, plan

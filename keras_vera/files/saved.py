@@ -1,0 +1,247 @@
+"""What an adapter file holds of a model."""
+
+from importlib import metadata
+
+import keras
+from keras import backend
+from keras import ops
+
+from keras_vera import _keras
+from keras_vera.files import format as adapter_format
+from keras_vera.layers._base_layer import kernel_dtype
+from keras_vera.layers._base_layer import kernel_shape
+from keras_vera.layers._base_layer import stored_kernel
+from keras_vera.layers._fingerprint import kernel_fingerprint
+from keras_vera.layers._in_place import is_adapted
+from keras_vera.layers._kinds import kind_of
+from keras_vera.model import adaptation
+from keras_vera.product.projection import EXPLICIT
+from keras_vera.product.projection import pair_sha256
+
+_VERSION = metadata.version("keras_vera")
+
+# What a projection is made from.
+PAIR = ("rank", "seed", "structure")
+
+
+def trained_variables(paths, plan=None, head=True):
+    """Returns what an adapter file holds, by structural path and name.
+
+    Args:
+        paths: Dict of the layers of a model, by structural path.
+        plan: The `Adaptation` of a model that is not adapted yet; its vectors
+            are missing.
+        head: Whether to return what lies outside the base as well.
+    """
+    plans = adaptations(paths) if plan is None else [plan]
+    in_base = {id(x) for plan in plans for x in plan.frozen.layers}
+    trained_in_base = {id_ for plan in plans for id_ in plan.trained.ids}
+    trained = {}
+    for path, layer in paths.items():
+        outside = id(layer) not in in_base
+        if outside and not head and not is_adapted(layer):
+            continue
+        own = named_variables(path, layer)
+        if is_adapted(layer):
+            kept = {id(layer.vera_lambda_d), id(layer.vera_lambda_b)}
+        elif outside and any(v.trainable for v in own.values()):
+            # A layer outside the base that trains is saved with its state.
+            kept = {id(v) for v in own.values()}
+        else:
+            kept = set()
+        if outside or plan is None:
+            kept |= {id(v) for v in own.values() if v.trainable}
+        kept |= trained_in_base
+        trained.update({k: v for k, v in own.items() if id(v) in kept})
+    return trained
+
+
+def named_variables(path, layer):
+    """Returns the variables of a layer itself, by their names in files."""
+    named = {}
+    for variable in _keras.own_variables(layer):
+        named[entry_name(path, variable.name, named)] = variable
+    return named
+
+
+def entry_name(path, name, taken):
+    name = f"{path}/{name}" if path else name
+    count = 0
+    unique = name
+    while unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    return unique
+
+
+def expected_entries(paths, header=None, plan=None, head=True):
+    """Returns the shape and dtype of each entry that a file must have.
+
+    For a model that is not adapted yet, `header` and `plan` say how it will
+    be.
+    """
+    expected = {
+        name: (tuple(variable.shape), _dtype_in_files(variable))
+        for name, variable in trained_variables(paths, plan, head).items()
+    }
+    if plan is not None:
+        for path in header["layers"]:
+            layer = paths[path]
+            n = kind_of(type(layer))._make_contraction(layer).n
+            rank = header["layers"][path]["rank"]
+            sizes = {"vera_lambda_d": rank, "vera_lambda_b": n}
+            for name, size in sizes.items():
+                expected[entry_name(path, name, ())] = (size,), "float32"
+    return expected
+
+
+def without_head(header, tensors):
+    """Returns those entries of a file that belong to the base."""
+    return {
+        name: array
+        for name, array in tensors.items()
+        if _is_of_base(name.rpartition("/")[0], header)
+    }
+
+
+def _is_of_base(path, header):
+    """Says whether the layer at `path` is one of the base, or adapted."""
+    trained = {name.rpartition("/")[0] for name in header["trained"]}
+    return (
+        path in header["layers"]
+        or path in trained
+        or (path not in header["outside"] and _is_below(path, header["bases"]))
+    )
+
+
+def _is_below(path, bases):
+    return any(f"{path}/".startswith(f"{x}/" if x else "") for x in bases)
+
+
+def adaptations(paths):
+    """Returns what `enable_vera` did to layers of a model, each once."""
+    return adaptation.adaptations(paths.values())
+
+
+def _base_paths(model, paths):
+    """Returns where the frozen parts are in `model`.
+
+    `keras.Model(backbone.input, head(backbone.output))` holds the layers of
+    the backbone, but not the backbone: then they stand for it.
+    """
+    places = {id(layer): path for path, layer in paths.items()}
+    bases = [base for plan in adaptations(paths) for base in plan.bases]
+    bases = list({id(base): base for base in bases}.values())
+    found = []
+    while bases:
+        base = bases.pop(0)
+        if id(base) in places:
+            found.append(places[id(base)])
+        elif _keras.sub_layers(base):
+            bases.extend(_keras.sub_layers(base))
+        else:
+            raise ValueError(
+                "`model` must hold the whole of what `enable_vera` adapted. "
+                f"Received: model '{model.name}', a part of it."
+            )
+    return found
+
+
+def make_header(model, paths):
+    adapted = {p: x for p, x in paths.items() if is_adapted(x)}
+    layers = list(adapted.values())
+    settings = {(pair_of(x), x._vera_settings) for x in layers}
+    if len(settings) > 1:
+        raise ValueError(
+            f"Model '{model.name}' holds adapters of different seeds, ranks, "
+            "structures or settings, which one file cannot hold. Save its "
+            f"parts one by one. Received: {sorted(map(str, settings))}"
+        )
+    (((rank, seed, structure), own),) = settings
+    plan = getattr(layers[0], "vera_adaptation", None)
+    targets = None if plan is None else plan.targets
+    if isinstance(targets, dict):
+        targets = list(targets)
+    bases = _base_paths(model, paths)
+    return {
+        "format_version": adapter_format.FORMAT_VERSION,
+        "rank": rank,
+        "seed": seed,
+        "structure": structure,
+        "d_initial": own.d_initial,
+        "dropout": own.dropout,
+        "targets": "predicate" if callable(targets) else targets,
+        "bases": bases,
+        "outside": _grown_since(paths, bases),
+        "trained": _trained_in_base(paths),
+        "layers": {
+            path: {
+                "kernel_shape": list(kernel_shape(layer)),
+                "kernel_dtype": kernel_dtype(layer),
+                "kernel_fingerprint": kernel_fingerprint(stored_kernel(layer)),
+                "output_offset": layer.vera_output_offset,
+            }
+            for path, layer in adapted.items()
+        },
+        "embeddings": [
+            path
+            for path, layer in adapted.items()
+            if layer._vera_layout.contraction.one_hot
+        ],
+        "projection_sha256": pair_sha256(*used_pair(layers)),
+        "keras_vera_version": _VERSION,
+        "keras_version": keras.version(),
+    }
+
+
+def _grown_since(paths, bases):
+    """Returns the layers below a base that it got after it was adapted.
+
+    Such as the head that `Sequential.add` puts on it.
+    """
+    in_base = {id(x) for p in adaptations(paths) for x in p.frozen.layers}
+    return [
+        path
+        for path, layer in paths.items()
+        if id(layer) not in in_base and _is_below(path, bases)
+    ]
+
+
+def _trained_in_base(paths):
+    """Returns the entries of the base that train, without state."""
+    ids = {id_ for plan in adaptations(paths) for id_ in plan.trained.trained}
+    return [
+        name
+        for path, layer in paths.items()
+        for name, variable in named_variables(path, layer).items()
+        if id(variable) in ids
+    ]
+
+
+def as_array(name, variable, dtype):
+    array = ops.convert_to_numpy(variable)
+    if _dtype_in_files(variable) != "float32":
+        return array
+    return adapter_format.in_dtype(name, array, dtype)
+
+
+def _dtype_in_files(variable):
+    """Half floats are read as float32, which holds all of them."""
+    dtype = backend.standardize_dtype(variable.dtype)
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
+def pair_of(layer):
+    return tuple(getattr(layer.projection, name) for name in PAIR)
+
+
+def used_pair(layers):
+    """Returns what `layers` use of A and B: the largest slice of each."""
+    projection = layers[0].projection
+    if projection.structure == EXPLICIT:
+        return projection.vera_kernel_a, projection.vera_kernel_b
+    used = [layer._vera_layout.contraction for layer in layers]
+    m, n = max(x.m for x in used), max(x.n for x in used)
+    a = ops.convert_to_tensor(projection.vera_kernel_a)
+    b_matrix = ops.convert_to_tensor(projection.vera_kernel_b)
+    return a[:m], b_matrix[:, :n]

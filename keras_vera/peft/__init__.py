@@ -1,0 +1,1 @@
+"""Adapters from and to Hugging Face PEFT, also as LoRA."""

@@ -1,0 +1,1 @@
+"""The arithmetic of VeRA: products and their gradients, plans, A and B."""
