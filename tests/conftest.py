@@ -40,21 +40,24 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "in_turn: takes long or depends little on the backend. PyTorch, where "
-        "nothing is compiled, runs all, the other backends every third one, "
-        "unless `--all` or the name of a test is given.",
+        "in_turn: takes long or depends little on the backend. Each backend "
+        "runs every third one, so that all three run all, unless `--all` or "
+        "the name of a test is given.",
     )
 
 
 def pytest_collection_modifyitems(config, items):
     named = any("::" in argument for argument in config.args)
-    if BACKEND == "torch" or named or config.option.all:
+    if named or config.option.all:
         return
-    turn = ["jax", "tensorflow"].index(BACKEND)
+    turn = ["jax", "tensorflow", "torch"].index(BACKEND)
     numbers = collections.Counter()
     kept, left = [], []
     for item in items:
-        if item.get_closest_marker("in_turn"):
+        # What is for one backend alone is in turn with nothing.
+        if item.get_closest_marker("in_turn") and not any(
+            item.iter_markers("skipif")
+        ):
             number = numbers[item.module]
             numbers[item.module] += 1
             if number % 3 != turn:

@@ -306,17 +306,26 @@ def test_embedding_model_of_the_same_layers_follows(x):
     np.testing.assert_array_equal(predict(features, x), before)
 
 
-def test_optimizer_without_config_asks_for_compile(x):
+def test_optimizer_without_config_starts_again(x):
     class Stubborn(keras.optimizers.SGD):
         def get_config(self):
             raise NotImplementedError
 
     model = sequential()
-    model.compile(Stubborn(0.1), "mse")
+    optimizer = Stubborn(0.1)
+    model.compile(optimizer, "mse")
     model.fit(x, np.ones((6, 3)), verbose=0)
     keras_vera.enable_vera(model, rank=3, targets="first")
-    with pytest.raises(ValueError, match="compile"):
-        model.fit(x, np.ones((6, 3)), verbose=0)
+    spoil(model)
+    before = {v.path: ops.convert_to_numpy(v).copy() for v in model.weights}
+    model.fit(x, np.ones((6, 3)), verbose=0)
+    assert model.optimizer is optimizer
+    moved = [
+        v.path
+        for v in model.weights
+        if np.any(ops.convert_to_numpy(v) != before[v.path])
+    ]
+    assert moved == [v.path for v in model.trainable_variables]
 
 
 def test_half_made_models_do_not_disturb():

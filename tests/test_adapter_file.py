@@ -261,6 +261,7 @@ def test_standalone_layers_load_into_the_same_structure(x, path):
     np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
 
 
+@pytest.mark.in_turn
 @STRUCTURES
 @pytest.mark.parametrize("other", ["jax", "tensorflow", "torch"])
 def test_other_backends_give_the_same_outputs(

@@ -16,6 +16,8 @@ from helpers import predict
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 NAMES = ["ann", "bob", "eve"]
 MIXED = ["bob", "ann", None, "bob", "eve", "ann", "ann", "bob"]
 

@@ -16,6 +16,8 @@ from test_bank_training import entries
 import keras_vera
 from keras_vera.callbacks import BestAdapters
 
+pytestmark = pytest.mark.in_turn
+
 NAMES = ["ann", "bob", "eve"]
 EPOCHS = 8
 PATIENCE = 2

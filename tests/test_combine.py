@@ -18,6 +18,8 @@ from peft_families import with_peft
 import keras_vera
 from keras_vera.files.combined import _nearest
 
+pytestmark = pytest.mark.in_turn
+
 X = np.random.default_rng(7).normal(size=(4, 5)).astype("float32")
 TOKENS = np.random.default_rng(8).integers(0, 9, (4, 5))
 EXTENSION = ".vera.safetensors"

@@ -13,6 +13,8 @@ from test_adapter_file import make_model
 import keras_vera
 from keras_vera import AdapterFileError
 
+pytestmark = pytest.mark.in_turn
+
 
 @pytest.fixture
 def x(rng):

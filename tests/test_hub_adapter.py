@@ -15,6 +15,8 @@ from huggingface_hub import EvalResult
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ def test_keras_file_loads_as_plain_merged_model(tmp_path, x):
     assert largest_difference(predict(make_model(), x), predict(model, x)) > 0.1
 
 
+@pytest.mark.in_turn
 def test_keras_file_loads_without_this_package(tmp_path, x):
     model = make_adapted()
     model.compile("adam", "mse")

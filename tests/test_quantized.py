@@ -299,6 +299,7 @@ def test_rows_of_a_bank(mode, tmp_path):
     np.testing.assert_allclose(received, np.stack(expected), atol=ROUNDING)
 
 
+@pytest.mark.in_turn
 def test_gradients_below_the_logits_of_a_language_model():
     def gradients(filters, quantize=True):
         task, (x, _) = make_task("gemma"), make_inputs("gemma")

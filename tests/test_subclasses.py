@@ -13,6 +13,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 L = keras.layers
 
 

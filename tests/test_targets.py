@@ -142,7 +142,7 @@ def test_rank_of_each_target(structure, tmp_path):
             delta_of(layer), expected_delta(layer), atol=1e-6
         )
     lines = []
-    keras_vera.summary(model, print_fn=lines.append)
+    keras_vera.summary(model, expand_repeated=True, print_fn=lines.append)
     assert lines[0].count("│    2 │") == 2 and lines[0].count("│    9 │") == 4
 
     expected = predict(model, x)

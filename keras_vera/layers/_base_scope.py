@@ -9,6 +9,7 @@ adapter wherever they are saved.
 """
 
 import contextlib
+import functools
 import threading
 
 import keras
@@ -42,8 +43,9 @@ class _Kept:
         self.blocks = 0
 
 
-class BasedVariable(keras.Variable):
-    """A variable that the base model has not, or has with another value."""
+class _Based:
+    """Before the class of a variable that the base model has not, or has with
+    another value."""
 
     @property
     def value(self):
@@ -73,6 +75,16 @@ class BasedVariable(keras.Variable):
         return stored.handle
 
 
+@functools.cache
+def _based_class(plain_class):
+    # A bias of the base is of a class of its own, as it is frozen.
+    namespace = {
+        "__module__": plain_class.__module__,
+        "__qualname__": plain_class.__qualname__,
+    }
+    return type(plain_class.__name__, (_Based, plain_class), namespace)
+
+
 @contextlib.contextmanager
 def base_scope(model, values, others=()):
     """Lets `model` be its base.
@@ -84,8 +96,8 @@ def base_scope(model, values, others=()):
             with any value; they must not be changed in the block.
     """
     for variable in [*(v for v, _ in values), *others]:
-        if type(variable) is keras.Variable:
-            variable.__class__ = BasedVariable
+        if not isinstance(variable, _Based):
+            variable.__class__ = _based_class(type(variable))
     scope = _Scope(model, values)
     if scope.place is None:
         _keras.synchronize(model)
