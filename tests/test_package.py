@@ -1,4 +1,6 @@
+import ast
 import inspect
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -50,6 +52,28 @@ def test_core_trains_without_kerashub_and_other_backends():
 def test_import_is_light():
     modules = run("import sys, keras_vera; print(*sys.modules)").split()
     assert "keras_hub" not in modules
+
+
+# Each folder imports from those before it; see CONTRIBUTING.md.
+FOLDERS = ["_keras", "product", "layers", "model", "files", "peft", "bank"]
+
+
+def test_folders_import_one_way():
+    root = pathlib.Path(keras_vera.__file__).parent
+    assert {path.parent.name for path in root.glob("*/*.py")} == {*FOLDERS}
+    for path in root.glob("*/*.py"):
+        allowed = FOLDERS[: FOLDERS.index(path.parent.name) + 1]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{x.name}" for x in node.names]
+            else:
+                continue
+            for name in names:
+                package, *folders = name.split(".")
+                if package == "keras_vera":
+                    assert folders[0] in allowed, (path, name)
 
 
 PUBLIC = [

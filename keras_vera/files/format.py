@@ -1,5 +1,5 @@
 """The adapter file as bytes; `docs/adapter-format.md` specifies it, and
-`adapter_file.py` says what is in it."""
+`saved.py` says what is in it."""
 
 import collections
 import contextlib

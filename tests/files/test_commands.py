@@ -18,7 +18,7 @@ import keras_vera
 from keras_vera.__main__ import main
 from keras_vera.files import format as adapter_format
 
-FILE = pathlib.Path(__file__).parent / "golden" / "blocks2.vera.safetensors"
+FILE = pathlib.Path(__file__).parents[1] / "golden" / "blocks2.vera.safetensors"
 
 
 def test_inspect():

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import shutil
 import stat
 import subprocess
@@ -21,6 +22,9 @@ from keras import ops
 
 import keras_vera
 from keras_vera import AdapterFileError
+
+# Where this file and the helpers of all tests are.
+TESTS = pathlib.Path(__file__).parents[:2]
 
 
 class Classifier(keras.Model):
@@ -284,7 +288,7 @@ def test_other_backends_give_the_same_outputs(
     environment = {
         **os.environ,
         "KERAS_BACKEND": other,
-        "PYTHONPATH": os.path.dirname(__file__),
+        "PYTHONPATH": os.pathsep.join(map(str, TESTS)),
     }
     subprocess.run(
         [sys.executable, "-c", script],

@@ -12,7 +12,7 @@ from test_adapter_file import Classifier
 import keras_vera
 from keras_vera.model.adaptation import Adaptation
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def exact(shape, step):

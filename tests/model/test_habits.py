@@ -1,7 +1,7 @@
 """Random models in the hands of random users.
 
-`HABITS_MINUTES=60 pytest -n 0 tests/test_habits.py` goes on for an hour with
-new seeds, does not stop at a failure, and prints what it found.
+`HABITS_MINUTES=60 pytest -n 0 tests/model/test_habits.py` goes on for an hour
+with new seeds, does not stop at a failure, and prints what it found.
 """
 
 import collections
