@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_vera import _keras
-from keras_vera.bank import heads
+from keras_vera.bank import heads as bank_heads
 from keras_vera.files import fit
 from keras_vera.files import format as adapter_format
 from keras_vera.files import saved
@@ -66,8 +66,8 @@ class BankFiles:
                     self.fresh[name] = np.array(ops.convert_to_numpy(variable))
                 self.layers[layer] = [*both, None, None][:2]
         for head in heads:
-            heads.make_head(head)
-        output = heads.output_head(model, heads)
+            bank_heads.make_head(head)
+        output = bank_heads.output_head(model, heads)
         for head in heads:
             classes = True if head is output else None
             self.layers[head] = (*self.layers[head], classes)
@@ -206,7 +206,7 @@ def _check_order_of_examples(layer):
 
 
 def _check_head(layer, variables):
-    if not heads.is_possible_head(layer) or len(variables) > 2:
+    if not bank_heads.is_possible_head(layer) or len(variables) > 2:
         raise ValueError(
             f"Layer '{layer.name}', a {type(layer).__name__}, trains outside "
             "the base, and each adapter would have its own. An `AdapterBank` "
