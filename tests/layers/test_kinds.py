@@ -18,6 +18,8 @@ from plans import full_pair
 import keras_vera
 from keras_vera.layers._base_layer import stored_kernel
 
+pytestmark = pytest.mark.in_turn
+
 RANK = 4
 
 

@@ -18,6 +18,8 @@ from plans import full_pair
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 RANK = 4
 ROUNDING = 2e-5
 
@@ -299,7 +301,6 @@ def test_rows_of_a_bank(mode, tmp_path):
     np.testing.assert_allclose(received, np.stack(expected), atol=ROUNDING)
 
 
-@pytest.mark.in_turn
 def test_gradients_below_the_logits_of_a_language_model():
     def gradients(filters, quantize=True):
         task, (x, _) = make_task("gemma"), make_inputs("gemma")
