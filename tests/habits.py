@@ -131,7 +131,8 @@ class World:
         )
 
     def begin_adapted(self, truth):
-        self.truth, self.off = truth, False
+        # A model above the one that is adapted keeps its own flag.
+        self.truth, self.off = truth, not self.model.trainable
         self.start = self.values()
 
     def base_ids(self):

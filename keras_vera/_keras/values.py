@@ -129,7 +129,7 @@ def reading_mark(model):
         graph = tf.compat.v1.get_default_graph()
         return graph, len(graph.get_operations())
     if keras.backend.backend() == "torch":
-        return model, _count_of_steps(model)
+        return model, _optimizer_and_steps(model)
     return None
 
 
@@ -155,18 +155,22 @@ def has_trained_since(mark):
     """Says whether the model's optimizer has made a step, on PyTorch."""
     if keras.backend.backend() != "torch":
         return False
-    model, count = mark
-    return _count_of_steps(model) != count
+    model, before = mark
+    optimizer, count = _optimizer_and_steps(model)
+    if optimizer is not before[0]:
+        # The model was compiled since.
+        return optimizer is not None and int(optimizer.iterations) > 0
+    return count != before[1]
 
 
-def _count_of_steps(model):
+def _optimizer_and_steps(model):
     import torch
 
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or torch.compiler.is_compiling():
-        return None
+        return None, None
     # The tensor's own counter, as reading its value waits for the device.
-    return optimizer.iterations.value._version
+    return optimizer, optimizer.iterations.value._version
 
 
 def stored_value(variable):

@@ -91,9 +91,10 @@ class FrozenBase:
 
     def was_trainable(self):
         """Returns the flag that each variable had, by its id."""
+        # A variable may be in two layers: its first record is the true one.
         return {
             id(variable): flag
-            for _, (_, flags) in self._lists
+            for _, (_, flags) in reversed(self._lists)
             for variable, flag in flags
         }
 

@@ -280,6 +280,25 @@ def test_hdf5_file_of_the_older_form_is_the_merged_model(tmp_path, x, make):
     assert largest_difference(predict(base, x), predict(model, x)) < 1e-4
 
 
+def make_normalized():
+    """Its wrapper lists the kernel of the layer that it holds as well."""
+    keras.utils.set_random_seed(0)
+    inner = keras.layers.Dense(4)
+    wrapper = keras.layers.SpectralNormalization(inner)
+    return keras.Sequential([keras.Input((5, 8)), wrapper])
+
+
+@LEGACY
+def test_hdf5_file_of_the_older_form_with_a_kernel_in_two_layers(tmp_path, x):
+    model = make_normalized()
+    keras_vera.enable_vera(model, rank=2, targets="all-linear")
+    spoil(model)
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5")
+    assert largest_difference(predict(loaded, x), predict(model, x)) < 1e-5
+    assert largest_difference(predict(make_normalized(), x), predict(model, x))
+
+
 @LEGACY
 def test_adapted_model_takes_hdf5_files_of_the_older_form(tmp_path, x):
     base = make_nested(seed=5)

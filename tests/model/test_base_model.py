@@ -549,3 +549,18 @@ def test_a_step_with_its_updates_inside_is_an_error(small, inputs, run_eagerly):
     if backend() == "tensorflow":
         for weight, value in zip(small.weights, start, strict=True):
             np.testing.assert_array_equal(ops.convert_to_numpy(weight), value)
+
+
+def test_compiling_inside_is_no_training():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    keras_vera.enable_vera(model, rank=2, targets="all-linear")
+    spoil(model)
+    x, y = np.ones((4, 4), "float32"), np.ones((4, 3), "float32")
+    with keras_vera.base_model(model):
+        model.compile("sgd", "mse")
+        model.evaluate(x, y, verbose=0)
+    # On PyTorch, nothing that trains is in the graph.
+    with pytest.raises((ValueError, RuntimeError), match="trained|grad_fn"):
+        with keras_vera.base_model(model):
+            model.compile("sgd", "mse")
+            model.fit(x, y, verbose=0)
