@@ -771,6 +771,8 @@ def trains(world):
     On PyTorch it does not train a stateful RNN, on no backend all quantized
     layers.
     """
+    if not world.quantized and "stateful gru" not in world.recipe.stages:
+        return True
     twin, _ = world.plain()
     twin.compile("sgd", "mse", run_eagerly=True)
     try:
