@@ -24,6 +24,7 @@ from keras import ops
 
 from keras_vera.product.custom_gradient import call_with_gradient
 from keras_vera.product.custom_gradient import computed_again
+from keras_vera.product.custom_gradient import sums_in_bfloat16
 from keras_vera.product.plan import Plan
 from keras_vera.product.structure import by_example
 
@@ -355,9 +356,16 @@ def _gradients_from_m(m_matrix, b_matrix, d, b, structure):
 
 
 def _summing_dtype(x):
-    """Sums over all tokens overflow in float16."""
-    is_float16 = backend.standardize_dtype(x.dtype) == "float16"
-    return "float32" if is_float16 else x.dtype
+    """Sums over all tokens overflow in float16.
+
+    In bfloat16, some products of TensorFlow on CPUs sum in bfloat16 as well,
+    depending on the processor: counting by ones then ends at 256.
+    """
+    dtype = backend.standardize_dtype(x.dtype)
+    is_inexact = dtype == "float16" or (
+        dtype == "bfloat16" and sums_in_bfloat16()
+    )
+    return "float32" if is_inexact else x.dtype
 
 
 def _vector_dtype(x):

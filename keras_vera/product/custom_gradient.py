@@ -17,6 +17,13 @@ def _compute(compute, key, tensor):
     return compute()
 
 
+def sums_in_bfloat16():
+    """Says whether a product of bfloat16 may be summed in bfloat16."""
+    if _BACKEND != "tensorflow":
+        return False
+    return not tf.config.list_physical_devices("GPU")
+
+
 def call_with_gradient(function, trained, frozen):
     """Calls a function whose gradient is computed by its own `backward`.
 
