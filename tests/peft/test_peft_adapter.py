@@ -98,7 +98,7 @@ def test_some_blocks_only_and_older_names(family, tmp_path):
         for new, old in OLDER_NAMES[family].items():
             name = name.replace(new, old)
         renamed[name] = array
-    assert not {x for x in renamed if "lambda" in x} & set(tensors)
+    assert renamed.keys() != tensors.keys()
     safetensors.numpy.save_file(renamed, file)
     keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
     # Swin's stage has two blocks, and DINOv3 has no module `fc1` or `fc2`.
