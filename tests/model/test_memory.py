@@ -5,6 +5,7 @@ import weakref
 
 import keras
 import pytest
+from helpers import backend
 from helpers import predict
 from helpers import spoil
 
@@ -143,4 +144,6 @@ def test_optimizers_leave_the_state_of_vectors(x):
         references.append(weakref.ref(model.optimizer.variables[-1]))
         keras_vera.disable_vera(model)
     fit(model, x)
-    assert living(references) == 0
+    # On TensorFlow, the first `fit` of a model may keep its own; none adds to
+    # it.
+    assert living(references) <= (backend() == "tensorflow")
