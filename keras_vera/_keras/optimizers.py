@@ -125,6 +125,10 @@ def _undo_own_build(optimizer, living):
     for variable in list(optimizer._variables):
         if id(variable) not in kept:
             optimizer._untrack_variable(variable)
+    # TensorFlow wraps the list, and keeps a copy of what was in it, which it no
+    # longer uses once something has been removed.
+    if hasattr(optimizer._variables, "_last_wrapped_list_snapshot"):
+        optimizer._variables._last_wrapped_list_snapshot = []
     optimizer._iterations.assign(0)
     # A new variable may get the id of one that is gone.
     for variable in optimizer._trainable_variables:

@@ -5,7 +5,6 @@ import weakref
 
 import keras
 import pytest
-from helpers import backend
 from helpers import predict
 from helpers import spoil
 
@@ -144,6 +143,4 @@ def test_optimizers_leave_the_state_of_vectors(x):
         references.append(weakref.ref(model.optimizer.variables[-1]))
         keras_vera.disable_vera(model)
     fit(model, x)
-    # On TensorFlow, the first `fit` of a model may keep its own; none adds to
-    # it.
-    assert living(references) <= (backend() == "tensorflow")
+    assert living(references) == 0
