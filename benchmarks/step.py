@@ -152,7 +152,8 @@ def naive(backbone, targets, rank):
         )
         h = ops.matmul(contraction.input_matrix(inputs), a) * d
         z = ops.matmul(h, b_matrix) * b
-        kernel = ops.convert_to_tensor(layer._kernel)
+        # Not as an attribute: other layers must not read a base in a call.
+        kernel = ops.convert_to_tensor(vars(layer)["_kernel"])
         y = contraction.product(inputs, kernel)
         y = y + contraction.output_tensor(z, ops.shape(inputs))
         y = y if layer.bias is None else y + layer.bias
