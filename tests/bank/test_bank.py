@@ -19,7 +19,6 @@ from helpers import predict
 from hub_models import make_inputs
 from hub_models import make_task
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 from safetensors.numpy import load_file
@@ -101,7 +100,6 @@ def test_rows_are_those_of_the_formula(full_bank, files, x):
     assert largest_difference(found[rows], np.stack(expected)) < ROUNDING
 
 
-@settings(max_examples=15)
 @given(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=6, max_size=6))
 def test_any_mix_in_any_place(full_bank, outputs, x, ids):
     found = ops.convert_to_numpy(full_bank.model([x, np.array(ids, "int32")]))

@@ -16,7 +16,6 @@ from helpers import numpy_weights
 from helpers import predict
 from helpers import spoil
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
@@ -162,7 +161,6 @@ CASES = [
 ]
 
 
-@settings(max_examples=40)
 @given(
     case=st.sampled_from(CASES),
     rank=st.sampled_from([1, 4, 7]),
