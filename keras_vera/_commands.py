@@ -57,6 +57,9 @@ def inspect(args):
             for name, (dtype, shape) in sorted(entries.items())
             if not _is_vector(name)
         },
+        "unsaved": [
+            len(x) // adapter_format.UNSAVED_DIGITS for x in header["unsaved"]
+        ],
         "verified": args.verify,
     }
     return found, _inspect_lines(found), 0

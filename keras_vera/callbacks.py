@@ -93,7 +93,8 @@ class BestAdapters(keras.callbacks.Callback):
 
     After each epoch, the validation examples of `fit` pass through the model
     once more, and every adapter that trains is evaluated on its own. At the
-    end of training each goes back to its best epoch.
+    end of training each goes back to its best epoch. With `validation_freq`
+    in `fit`, this is so after the epochs that it means, and only these count.
 
     With `patience`, an adapter that has not improved for so many epochs is
     stopped: it and the optimizer's state for it do not move any more, while
@@ -205,6 +206,8 @@ class BestAdapters(keras.callbacks.Callback):
             self.model.stop_rows(slots)
 
     def on_epoch_end(self, epoch, logs=None):
+        if not self.model.validation.is_due(epoch):
+            return
         found = self._evaluate(steps=self.model.validation.steps)
         moved = self.model.row_steps() > self._steps
         trained = {s: n for s, n in self._names.items() if moved[s]}

@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 
 from keras_vera import _keras
-from keras_vera.files.saved import trained_variables
+from keras_vera.files.saved import saved_variables
 from keras_vera.layers._base_layer import kernel_shape
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.model.adaptation import adaptations
@@ -197,7 +197,7 @@ def _file_line(model, layers):
     _, shared = _size(pair)
     paths = _keras.structural_paths(model)
     saved = [
-        *trained_variables(paths).values(),
+        *saved_variables(paths).values(),
         *(x.bias for x in layers.values() if x.vera_base_bias is not None),
     ]
     carried = any(p.structure == EXPLICIT for p in projections.values())

@@ -121,6 +121,14 @@ BODY = {
     "spectral dense": lambda n: layers.SpectralNormalization(
         layers.Dense(WIDTH, name=f"{n}_inner"), name=n
     ),
+    "conv block": lambda n: keras.Sequential(
+        [
+            layers.Conv1D(WIDTH, 3, padding="same", name=f"{n}_conv"),
+            layers.BatchNormalization(name=f"{n}_norm"),
+            layers.ReLU(name=f"{n}_relu"),
+        ],
+        name=n,
+    ),
     "block": lambda n: keras.Sequential(
         [
             layers.Dense(6, "gelu", name=f"{n}_up"),

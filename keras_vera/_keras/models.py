@@ -39,11 +39,51 @@ def reset_compiled(layers):
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
         _reset_optimizer_of(model, others)
-        if keras.backend.backend() == "torch":
-            # `model.parameters()` lists what was there at build time.
-            for layer in flatten_layers(model):
-                if layer.built:
-                    layer._track_variables()
+    if keras.backend.backend() == "torch":
+        _track_parameters_again(layers, holding)
+
+
+# How often parameters were made or removed.
+_changes = 0
+
+
+def _track_parameters_again(layers, models):
+    """Lets PyTorch list the variables that there are now.
+
+    `parameters()` lists what was there at build time. Layers do not know who
+    contains them either, and only models are known, so that a layer above
+    lists its variables again when it is asked.
+    """
+    global _changes
+    _changes += 1
+    for layer in [*layers, *models]:
+        _track_variables(layer)
+
+
+def _track_variables(layer):
+    for below in flatten_layers(layer):
+        if below.built and vars(below).get("_vera_changes", 0) != _changes:
+            below._track_variables()
+            vars(below)["_vera_changes"] = _changes
+
+
+def _list_parameters_anew():
+    """Relies on `TorchLayer.named_parameters`, through which all go."""
+    from keras.src.backend.torch.layer import TorchLayer
+
+    plain = TorchLayer.named_parameters
+
+    @functools.wraps(plain)
+    def named_parameters(layer, *args, **kwargs):
+        if vars(layer).get("_vera_changes", 0) != _changes:
+            _track_variables(layer)
+        return plain(layer, *args, **kwargs)
+
+    TorchLayer.named_parameters = named_parameters
+
+
+if keras.backend.backend() == "torch":
+    _list_parameters_anew()
 
 
 # Weak references to all models, by id: not a `WeakSet`, which asks models of

@@ -276,6 +276,7 @@ class AdapterBank:
             As `keras.Model.evaluate`.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
+        data.check_targets(self.model)
         with self._lock:
             if self._slots.have_room_for(data.names):
                 x, y, sample_weight = data.joined(self._slots.ids(data.names))
@@ -325,7 +326,10 @@ class AdapterBank:
             A `keras.callbacks.History`.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
+        data.check_targets(self.model)
         validation = validation_of(self._base, validation_data)
+        if validation is not None:
+            validation.check_targets(self.model, "`y` in `validation_data`")
         with self._lock:
             self._slots.check_not_fitting()
             ids = self._slots.ids_for_fit(data, validation)

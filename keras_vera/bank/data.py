@@ -25,6 +25,14 @@ class Examples:
     sample_weight: Any
     names: list
 
+    def check_targets(self, model, argument="`y`"):
+        """Raises if the loss of a `BankModel` needs targets."""
+        if self.y is None and getattr(model, "loss", None) is not None:
+            raise ValueError(
+                f"{argument} must hold the targets of the examples, as the "
+                "bank's model is compiled with a loss. Received: None"
+            )
+
     def joined(self, ids):
         """Returns `(x, y, sample_weight)` for `bank.model`.
 
@@ -62,6 +70,9 @@ class Batches:
     names: list | None
     model: Any
     has_targets: bool = True
+
+    def check_targets(self, model, argument=None):
+        """Batches are checked when they are read."""
 
     def joined(self, ids):
         named = NamedBatches(ids, self.model, self.has_targets)

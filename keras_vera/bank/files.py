@@ -12,6 +12,7 @@ from keras_vera.bank import heads as bank_heads
 from keras_vera.files import fit
 from keras_vera.files import format as adapter_format
 from keras_vera.files import saved
+from keras_vera.files import unsaved
 from keras_vera.files.format import EXTENSION
 from keras_vera.files.format import AdapterFileError
 from keras_vera.files.format import check_filepath
@@ -43,7 +44,11 @@ class BankFiles:
         self._paths = _keras.structural_paths(model)
         _check_nothing_more_trains(self._paths)
         self.variables = saved.trained_variables(self._paths)
-        self._header = saved.make_header(model, self._paths)
+        self._unsaved = unsaved.fingerprints(self._paths, self.variables)
+        self._header = {
+            **saved.make_header(model, self._paths),
+            "unsaved": unsaved.as_header(self._unsaved),
+        }
         self._expected = saved.expected_entries(self._paths)
         names = {id(v): name for name, v in self.variables.items()}
         self.layers, heads, self.fresh = {}, [], {}
@@ -95,6 +100,7 @@ class BankFiles:
             for name, (shape, dtype) in self._expected.items()
         }
         fit.check_entries(expected, tensors, header, filepath)
+        unsaved.check_unsaved(self._unsaved, header, filepath, head)
         return {
             name: self._padded(name, array) for name, array in tensors.items()
         }, classes

@@ -34,6 +34,14 @@ class Validation:
     data: Any
     batch_size: int | None
     steps: int | None
+    # After how many epochs, or after which ones.
+    frequency: int | list = 1
+
+    def is_due(self, epoch):
+        """Says whether `fit` validates after an epoch, counted from 0."""
+        if isinstance(self.frequency, int):
+            return (epoch + 1) % self.frequency == 0
+        return epoch + 1 in self.frequency
 
 
 class BankModel(keras.Model):
@@ -196,6 +204,7 @@ class BankModel(keras.Model):
                 data,
                 given.get("validation_batch_size") or given.get("batch_size"),
                 given.get("validation_steps"),
+                given.get("validation_freq", 1),
             )
         self.stop_rows(None)
         try:

@@ -12,8 +12,12 @@ from keras_vera.files.saved import as_array
 from keras_vera.files.saved import entry_name
 from keras_vera.files.saved import expected_entries
 from keras_vera.files.saved import make_header
+from keras_vera.files.saved import saved_variables
 from keras_vera.files.saved import trained_variables
 from keras_vera.files.saved import without_head
+from keras_vera.files.unsaved import as_header
+from keras_vera.files.unsaved import check_unsaved
+from keras_vera.files.unsaved import fingerprints
 from keras_vera.layers import _base_scope
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.model import adaptation
@@ -78,7 +82,7 @@ def _contents(model, layers, dtype):
     check_all_there(model, paths, adaptations(paths))
     tensors = {
         name: as_array(name, variable, dtype)
-        for name, variable in trained_variables(paths).items()
+        for name, variable in saved_variables(paths).items()
     }
     for path, layer in paths.items():
         if getattr(layer, "vera_base_bias", None) is not None:
@@ -89,7 +93,8 @@ def _contents(model, layers, dtype):
         # No seed makes them again.
         for name in fit.MATRICES:
             tensors[name] = ops.convert_to_numpy(getattr(projection, name))
-    return make_header(model, paths), tensors
+    unsaved = as_header(fingerprints(paths, tensors))
+    return {**make_header(model, paths), "unsaved": unsaved}, tensors
 
 
 def load_adapter(model, filepath, head=True):
@@ -147,19 +152,27 @@ def load_adapter(model, filepath, head=True):
         tensors = without_head(header, tensors)
     if any(is_adapted(layer) for layer in paths.values()):
         layers = fit.check_fits(paths, header, filepath)
-        expected = expected_entries(paths, head=head)
+        expected = expected_entries(paths, header, tensors, head=head)
         fit.check_entries(expected, tensors, header, filepath)
         fit.check_biases(layers, biases, filepath)
+        found = fingerprints(paths, {*tensors, *_bias_names(biases)})
+        check_unsaved(found, header, filepath, head)
     else:
         layers, plan = _checked_adaptation(
             model, paths, header, tensors, matrices, biases, filepath, head
         )
         plan.apply(model)
-    for name, variable in trained_variables(paths, head=head).items():
+    for name, variable in trained_variables(
+        paths, head=head, given=tensors, state=bool(header["unsaved"])
+    ).items():
         variable.assign(tensors[name])
     for path, layer in layers.items():
         if path in biases or getattr(layer, "vera_base_bias", None) is not None:
             layer.set_adapter_bias(biases.get(path))
+
+
+def _bias_names(biases):
+    return [entry_name(path, "bias", ()) for path in biases]
 
 
 def _checked_adaptation(
@@ -190,8 +203,10 @@ def _checked_adaptation(
         ranks=[x["rank"] for x in header["layers"].values()],
         **settings,
     )
-    expected = expected_entries(paths, header, plan, head)
+    expected = expected_entries(paths, header, tensors, plan, head)
     fit.check_entries(expected, tensors, header, filepath)
     fit.check_biases(layers, biases, filepath)
+    found = fingerprints(paths, {*tensors, *_bias_names(biases)}, plan)
+    check_unsaved(found, header, filepath, head)
     fit.check_dims(projection, layers, header, filepath)
     return layers, plan

@@ -7,6 +7,7 @@ from keras_vera.files.combined import combined
 from keras_vera.files.combined import is_one
 from keras_vera.files.format import AdapterFileError
 from keras_vera.files.format import check_filepath
+from keras_vera.files.unsaved import differ
 
 _METHODS = ("exact", "nearest", "average")
 # What the adapters must have in common.
@@ -91,6 +92,10 @@ def combine(adapters, destination, method="exact", head=None, bank=None):
     header = _common_header({x: header for x, (header, _) in files.items()})
     tensors = {x: entries for x, (_, entries) in files.items()}
     header, result, lost = combined(header, tensors, weights, method, head)
+    if head is not None and header["unsaved"] and files[head][0]["unsaved"]:
+        # What a file does not hold outside the base depends on its head.
+        outside = files[head][0]["unsaved"][1]
+        header = {**header, "unsaved": [header["unsaved"][0], outside]}
     adapter_format.write(destination, header, result)
     return lost
 
@@ -145,6 +150,8 @@ def _common_header(headers):
                 header["layers"].get(path), other["layers"].get(path)
             )
         ]
+        if differ(header, other):
+            different.append("the base's weights without an adapter")
         if different:
             raise AdapterFileError(
                 f"'{filepath}' does not fit '{first}': they differ in "

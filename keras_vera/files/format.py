@@ -32,7 +32,9 @@ _HEADER_KEYS = {
     "projection_sha256": str,
 }
 # These are left out where they are empty.
-_OPTIONAL_KEYS = ("outside", "trained")
+_OPTIONAL_KEYS = ("outside", "trained", "unsaved")
+# Of the fingerprint of each layer that a file relies on and does not hold.
+UNSAVED_DIGITS = 12
 _LAYER_KEYS = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
 _OFFSET = "output_offset"  # Follows these, where it is not 0.
 _VECTOR = "vera_lambda_d"
@@ -311,6 +313,12 @@ def _check_header(header, entries):
             and not all(isinstance(item, str) for item in value)
         ):
             raise ValueError(f"its header has {name}={value!r}.")
+    unsaved = header["unsaved"]
+    if len(unsaved) not in (0, 2) or any(
+        len(x) % UNSAVED_DIGITS or not set(x) <= set("0123456789abcdef")
+        for x in unsaved
+    ):
+        raise ValueError(f"its header has unsaved={unsaved!r}.")
     for name, (dtype, _) in entries.items():
         if dtype not in _DTYPES:
             raise ValueError(f"'{name}' has dtype {dtype}.")

@@ -15,6 +15,7 @@ from keras_vera.layers._fingerprint import kernel_fingerprint
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
 from keras_vera.model import adaptation
+from keras_vera.model.frozen import state_of
 from keras_vera.product.projection import EXPLICIT
 from keras_vera.product.projection import pair_sha256
 
@@ -24,17 +25,21 @@ _VERSION = metadata.version("keras_vera")
 PAIR = ("rank", "seed", "structure")
 
 
-def trained_variables(paths, plan=None, head=True):
-    """Returns what an adapter file holds, by structural path and name.
+def trained_variables(paths, plan=None, head=True, given=(), state=True):
+    """Returns what an adapter file must hold, by structural path and name.
 
     Args:
         paths: Dict of the layers of a model, by structural path.
         plan: The `Adaptation` of a model that is not adapted yet; its vectors
             are missing.
         head: Whether to return what lies outside the base as well.
+        given: Names of entries that a file has. What lies outside the base
+            is returned as well if it is one of them.
+        state: Whether to return layers outside the base that have state
+            alone, which files of before do not hold.
     """
     plans = adaptations(paths) if plan is None else [plan]
-    in_base = {id(x) for plan in plans for x in plan.frozen.layers}
+    in_base = base_ids(paths, plan)
     trained_in_base = {id_ for plan in plans for id_ in plan.trained.ids}
     trained = {}
     for path, layer in paths.items():
@@ -44,9 +49,9 @@ def trained_variables(paths, plan=None, head=True):
         own = named_variables(path, layer)
         if is_adapted(layer):
             kept = {id(layer.vera_lambda_d), id(layer.vera_lambda_b)}
-        elif outside and any(v.trainable for v in own.values()):
-            # A layer outside the base that trains is saved with its state.
-            kept = {id(v) for v in own.values()}
+        elif outside:
+            kept = _kept_outside(layer, own.values(), state)
+            kept |= {id(own[name]) for name in own if name in given}
         else:
             kept = set()
         if outside or plan is None:
@@ -54,6 +59,52 @@ def trained_variables(paths, plan=None, head=True):
         kept |= trained_in_base
         trained.update({k: v for k, v in own.items() if id(v) in kept})
     return trained
+
+
+def _kept_outside(layer, variables, state=True):
+    """Returns the ids of what must be saved of a layer outside the base."""
+    if any(v.trainable for v in variables):
+        # It is saved with its state.
+        return {id(v) for v in variables}
+    # What has only state, such as statistics, moves as well. What is frozen
+    # does not, in Keras.
+    moves = state and layer.trainable
+    return {id(v) for v in state_of(layer)} if moves else set()
+
+
+def saved_variables(paths):
+    """Returns what an adapter file of an adapted model holds.
+
+    That is what trains, and what has moved outside the base since it was
+    adapted: what has trained and is frozen now would be lost.
+    """
+    plans = adaptations(paths)
+    in_base = base_ids(paths)
+    moved = [
+        name
+        for path, layer in paths.items()
+        if plans and id(layer) not in in_base and not is_adapted(layer)
+        for name in _names_if_moved(path, layer, plans)
+    ]
+    return trained_variables(paths, given=moved)
+
+
+def _names_if_moved(path, layer, plans):
+    own = named_variables(path, layer)
+    if _kept_outside(layer, own.values()):
+        return []
+    as_it_was = all(
+        plan.outside.is_as_it_was(variable)
+        for variable in own.values()
+        for plan in plans
+    )
+    return [] if as_it_was else list(own)
+
+
+def base_ids(paths, plan=None):
+    """Returns the ids of the layers of the bases in a model."""
+    plans = adaptations(paths) if plan is None else [plan]
+    return {id(layer) for plan in plans for layer in plan.frozen.layers}
 
 
 def named_variables(path, layer):
@@ -74,15 +125,21 @@ def entry_name(path, name, taken):
     return unique
 
 
-def expected_entries(paths, header=None, plan=None, head=True):
+def expected_entries(paths, header=None, tensors=(), plan=None, head=True):
     """Returns the shape and dtype of each entry that a file must have.
 
-    For a model that is not adapted yet, `header` and `plan` say how it will
-    be.
+    Args:
+        paths: Dict of the layers of a model, by structural path.
+        header: Dict, the header of the file, if there is one.
+        tensors: Dict of its entries.
+        plan: The `Adaptation` of a model that is not adapted yet.
+        head: Whether what lies outside the base counts as well.
     """
+    state = header is None or bool(header["unsaved"])
+    variables = trained_variables(paths, plan, head, tensors, state)
     expected = {
         name: (tuple(variable.shape), _dtype_in_files(variable))
-        for name, variable in trained_variables(paths, plan, head).items()
+        for name, variable in variables.items()
     }
     if plan is not None:
         for path in header["layers"]:
@@ -199,7 +256,7 @@ def _grown_since(paths, bases):
 
     Such as the head that `Sequential.add` puts on it.
     """
-    in_base = {id(x) for p in adaptations(paths) for x in p.frozen.layers}
+    in_base = base_ids(paths)
     return [
         path
         for path, layer in paths.items()

@@ -7,24 +7,24 @@ _SAMPLES = 1024
 
 
 def kernel_fingerprint(kernel):
-    """Returns a short hash that tells one base kernel from another.
+    """Returns a short hash that tells one kernel, or variable, from another.
 
     It covers 1,024 evenly spaced entries: training, merging or another
     checkpoint changes nearly all entries, and no more is read from the device.
 
     Args:
-        kernel: A variable or tensor of any floating-point dtype.
+        kernel: A variable or tensor of numbers.
 
     Returns:
         A string of 16 hexadecimal digits.
     """
     size = int(np.prod(kernel.shape))
-    flat = ops.reshape(kernel, (size,))
-    count = min(size, _SAMPLES)
-    # In integers: rounding must not decide which entries are meant.
-    indices = np.arange(count) * (size - 1) // max(count - 1, 1)
-    sample = ops.convert_to_numpy(
-        ops.take(flat, indices.astype("int32"), axis=0)
-    )
+    sample = kernel
+    if size > _SAMPLES:
+        # In integers: rounding must not decide which entries are meant.
+        indices = np.arange(_SAMPLES) * (size - 1) // (_SAMPLES - 1)
+        flat = ops.reshape(kernel, (size,))
+        sample = ops.take(flat, indices.astype("int32"), axis=0)
+    sample = ops.convert_to_numpy(sample)
     sample = np.ascontiguousarray(sample.astype("<f4"))
     return hashlib.sha256(sample).hexdigest()[:16]

@@ -132,6 +132,9 @@ class InPlaceVeRA:
         return identity
 
     def _is_of_this_adapter(self, group):
+        if "identity" not in group:
+            # The layer trains in full there.
+            return False
         identity = _keras.hidden_array(group, "identity")
         return json.loads(np.asarray(identity).item()) == self._identity()
 

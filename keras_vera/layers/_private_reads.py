@@ -4,6 +4,8 @@ Where the adapter does not show there, this is an error: the other layer would
 go on with the base, and nobody would know.
 """
 
+import contextlib
+import functools
 import sys
 
 import keras
@@ -56,6 +58,29 @@ def check_read(layer, name):
         f"Layer '{layer.name}' is {is_what} with VeRA, and its adapter does "
         f"not show in `{name}`. Let the other layer {advice}, or leave layer "
         f"'{layer.name}' out of `targets`."
+    )
+
+
+def refusing_assignment(kernel, layer):
+    """Returns an adapted kernel that says why nothing is assigned to it.
+
+    It is a tensor, where the plain layer has a variable. Tensors of all
+    backends take attributes while they have values.
+    """
+    if not _keras.is_traced(kernel):
+        refuse = functools.partial(_refuse_assignment, layer.name)
+        for name in ("assign", "assign_add", "assign_sub"):
+            with contextlib.suppress(AttributeError, TypeError):
+                setattr(kernel, name, refuse)
+    return kernel
+
+
+def _refuse_assignment(name, *args, **kwargs):
+    raise ValueError(
+        f"Layer '{name}' is adapted with VeRA, so its kernel is that of its "
+        "base with the adapter in it, and nothing can be assigned to it. Give "
+        "the base another kernel before `keras_vera.enable_vera` or after "
+        "`keras_vera.disable_vera`, or call `keras_vera.merge(model)` first."
     )
 
 

@@ -11,6 +11,7 @@ from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._base_scope import shows_base
 from keras_vera.layers._mixed_batch import check_rows
 from keras_vera.layers._mixed_batch import rows_of
+from keras_vera.layers._private_reads import refusing_assignment
 from keras_vera.product.arithmetic import Layout
 from keras_vera.product.arithmetic import folded_kernel
 from keras_vera.product.plan import choose_plan
@@ -325,7 +326,7 @@ class VeRALayer:
                 "the layer, which works for one adapter, but not in an "
                 "`AdapterBank`. Leave this layer out of `targets`."
             )
-        return self.adapted_kernel()
+        return refusing_assignment(self.adapted_kernel(), self)
 
     def _replace_projection_variable(self, old, new):
         """Follows the projection when it grows."""

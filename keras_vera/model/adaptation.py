@@ -14,6 +14,7 @@ from keras_vera.layers._kinds import kind_of
 from keras_vera.layers._kinds import reason_against
 from keras_vera.model.frozen import FrozenBase
 from keras_vera.model.frozen import check_state_is_unmoved
+from keras_vera.model.outside import Outside
 from keras_vera.model.trained import TrainedInBase
 
 
@@ -65,10 +66,12 @@ class Adaptation:
         self.frozen = FrozenBase(
             bases, layers, dropout, self.trained.ids, outside
         )
+        self.outside = Outside()
 
     def apply(self, model):
         """Adapts the layers; on failure, the model is as it was."""
         _keras.synchronize(model)
+        self.outside.note(model, self.frozen.layers)
         try:
             self.frozen.freeze(model)
             for layer, offset, rank in zip(
@@ -285,18 +288,20 @@ def check_adapted(model):
 
 
 def check_base_is_clean(model, layers):
-    """Raises if a weights file merged another adapter into the kernels."""
+    """Raises if a weights file merged another adapter into the base."""
+    bases = [x for plan in adaptations(layers) for x in plan.frozen.layers]
     merged = [
         layer.name
-        for layer in layers
+        for layer in {id(x): x for x in [*layers, *bases]}.values()
         if getattr(layer, "vera_base_is_merged", False)
     ]
     if merged:
         raise ValueError(
-            f"The kernels of {len(merged)} adapted layers of '{model.name}' "
+            f"{len(merged)} layers of '{model.name}' "
             f"({', '.join(sorted(set(merged))[:5])}) hold an adapter that "
-            "`load_weights` merged into them, because the file was saved on "
-            "another base or with another rank or seed. An adapter saved or "
+            "`load_weights` merged into their kernels, or what was trained in "
+            "full, because the file was saved on another base, with another "
+            "rank or seed, or with other targets. An adapter saved or "
             "applied now would not fit the base model. Load the base weights "
             "into the model before the file of the adapted model, or keep "
             "the whole model with `keras_vera.merge(model)` and "

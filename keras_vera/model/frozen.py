@@ -62,6 +62,9 @@ class FrozenBase:
             self._guard(layer)
             record = _keras.freeze_own_variables(layer, self._trained)
             self._lists.append((layer, record))
+        for layer in self.layers:
+            if id(layer) not in self._targets and not self._owns_trained(layer):
+                _mark_when_merged(layer)
         for layer in in_inference:
             self._in_inference.append((layer, type(layer)))
             layer.__class__ = _inference_class(type(layer))
@@ -75,6 +78,9 @@ class FrozenBase:
         """
         for layer, plain_class in reversed(self._in_inference):
             layer.__class__ = plain_class
+        for layer in self.layers:
+            vars(layer).pop("load_own_variables", None)
+            vars(layer).pop("vera_base_is_merged", None)
         for variable, plain_class in reversed(self._guarded):
             variable.__class__ = plain_class
             del variable.vera_frozen_base
@@ -123,12 +129,12 @@ class FrozenBase:
         return [
             layer
             for layer in self.layers
-            if any(id(v) in moved for v in _own_state(layer))
+            if any(id(v) in moved for v in state_of(layer))
         ]
 
     def _state(self, layer):
         """Returns the variables of a layer that training could move."""
-        return [v for v in _own_state(layer) if id(v) not in self._trained]
+        return [v for v in state_of(layer) if id(v) not in self._trained]
 
     def _guard(self, layer):
         for variable in _keras.own_variables(layer):
@@ -210,6 +216,22 @@ def _show_in_config(layer, flag):
     vars(layer)["get_config"] = get_config
 
 
+def _mark_when_merged(layer):
+    """Lets a layer of the base know that a weights file has changed it.
+
+    In the file it has an adapter, or is trained, and here it has none: what
+    was trained there is a part of the base then.
+    """
+
+    @functools.wraps(layer.load_own_variables)
+    def load_own_variables(store):
+        type(layer).load_own_variables(layer, store)
+        is_merged = _keras.hidden_group(store) is not None
+        vars(layer)["vera_base_is_merged"] = is_merged
+
+    vars(layer)["load_own_variables"] = load_own_variables
+
+
 def check_state_is_unmoved(model, bases):
     """Raises if a part of the base moved that no adapter file holds.
 
@@ -231,7 +253,7 @@ def check_state_is_unmoved(model, bases):
         )
 
 
-def _own_state(layer):
+def state_of(layer):
     """Returns what a layer keeps beside what trains in the plain layer."""
     if kind_of(type(layer)) and layer.quantization_mode is not None:
         # A packed kernel and its scales.

@@ -117,9 +117,12 @@ class _Trained:
         count = len(self.vera_trained.values_of(self))
         names = [f"base_{i}" for i in range(count)]
         if group is None or any(name not in group for name in names):
-            # The file of a plain model: this is the base from now on.
+            # This is the base from now on: the file is that of a plain model,
+            # or of one in which this layer is adapted.
+            self.vera_base_is_merged = group is not None
             self.vera_trained.note(self)
         else:
+            self.vera_base_is_merged = False
             values = [_keras.hidden_array(group, name) for name in names]
             self.vera_trained.note(self, values)
 

@@ -307,3 +307,22 @@ def test_texts_with_names(tmp_path):
     )
     found = bank.evaluate(as_tf_data(texts, y, names), verbose=0)
     assert history.history["val_loss"] == [pytest.approx(found, abs=1e-5)]
+
+
+@pytest.mark.parametrize("where", ["fit", "evaluate", "validation"])
+def test_targets_that_are_missing_are_named(where):
+    bank = make_bank({}, capacity=1)
+    bank.add("ann")
+    bank.model.compile("sgd", "mse")
+    x, y = np.zeros((4, 3, banks.INPUTS)), np.zeros((4, banks.CLASSES))
+    names = ["ann"] * 4
+    before = numpy_weights(bank.model)
+    with pytest.raises(ValueError, match="`y`.* must hold the targets"):
+        if where == "fit":
+            bank.fit(x, adapters=names)
+        elif where == "evaluate":
+            bank.evaluate(x, adapters=names)
+        else:
+            bank.fit(x, y, adapters=names, validation_data=(x, None, names))
+    for now, value in zip(numpy_weights(bank.model), before, strict=True):
+        np.testing.assert_array_equal(now, value)

@@ -59,7 +59,7 @@ def open_bank(files, folder=None, capacity=3):
     return bank
 
 
-def fit(bank, data, callbacks, epochs=EPOCHS, own_ids=False):
+def fit(bank, data, callbacks, epochs=EPOCHS, own_ids=False, **more):
     x, y, names = data
     train, rest = slice(0, 12), slice(12, None)
     kwargs = {
@@ -68,6 +68,7 @@ def fit(bank, data, callbacks, epochs=EPOCHS, own_ids=False):
         "shuffle": False,
         "verbose": 0,
         "callbacks": callbacks,
+        **more,
     }
     if own_ids:
         ids = bank.ids(names)
@@ -354,3 +355,15 @@ def test_interrupted_training_goes_on(files, data, tmp_path):
     )
     for value, expected in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("frequency", [3, [2, 3, 7]], ids=str)
+def test_only_epochs_that_validate_count(files, data, frequency):
+    bank = open_bank(files)
+    best = BestAdapters(patience=2)
+    history = fit(bank, data, [best], validation_freq=frequency)
+    due = [2, 5] if frequency == 3 else [1, 2, 6]
+    assert len(history.history["val_loss"]) == len(due)
+    for losses in best.history.values():
+        assert list(losses) == due[: len(losses)] and len(losses) > 1
+    assert set(best.best_epochs.values()) <= set(due)

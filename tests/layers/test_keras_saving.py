@@ -364,3 +364,54 @@ def test_bfloat16_kernels_are_merged_in_float32(tmp_path, x):
     saved = keras.ops.convert_to_numpy(keras.ops.cast(saved, "float32"))
     # One rounding: half a unit in the last of 8 bits.
     assert np.all(abs(saved - (kernel + delta)) <= abs(saved) * 2.0**-8 + 1e-6)
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize(
+    "theirs, mine",
+    [
+        (dict(targets=["first", "last"]), dict(targets="first")),
+        (dict(targets="first"), dict(targets="last")),
+        (dict(targets="first", train="norm"), dict(targets="first")),
+        (dict(targets="first", train="last"), dict(targets=["first", "last"])),
+        (dict(targets=["first", "last"]), dict(targets="first", train="last")),
+    ],
+    ids=str,
+)
+def test_weights_of_other_targets_are_no_base(theirs, mine, tmp_path):
+    def make(**kwargs):
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(5, name="first"),
+                keras.layers.LayerNormalization(name="norm"),
+                keras.layers.Dense(3, name="last"),
+            ]
+        )
+        if kwargs:
+            keras_vera.enable_vera(model, rank=2, **kwargs)
+            for v in model.trainable_variables:
+                v.assign(v + 0.5)
+        return model
+
+    other, model = make(**theirs), make(**mine)
+    other.save_weights(tmp_path / "other.weights.h5")
+    model.load_weights(tmp_path / "other.weights.h5")
+    x = np.ones((2, 4), "float32")
+    assert largest_difference(predict(model, x), predict(other, x)) < 1e-5
+    path = tmp_path / "a.vera.safetensors"
+    for call in (
+        lambda: keras_vera.save_adapter(model, path),
+        lambda: keras_vera.disable_vera(model),
+        lambda: keras_vera.base_model(model).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="hold an adapter that"):
+            call()
+    assert not path.exists()
+    # Base weights make it a base again.
+    make().save_weights(tmp_path / "base.weights.h5")
+    model.load_weights(tmp_path / "base.weights.h5")
+    keras_vera.save_adapter(model, path)
+    keras_vera.disable_vera(model)
+    np.testing.assert_array_equal(predict(model, x), predict(make(), x))

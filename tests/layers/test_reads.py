@@ -190,3 +190,16 @@ def test_outside_of_calls_the_base_is_there(case, tmp_path):
         layer.quantize("int8", type_check=False)
         assert getattr(layer, attribute) is stored_kernel(layer)
         assert getattr(layer, attribute).dtype == "int8"
+
+
+@pytest.mark.parametrize("method", ["assign", "assign_add", "assign_sub"])
+def test_assigning_to_an_adapted_kernel_says_what_to_do(method):
+    model = keras.Sequential([L.Embedding(5, 4), L.Dense(3), L.Dense(2)])
+    model(np.zeros((2, 3), "int32"))
+    keras_vera.enable_vera(model, rank=2, targets=["embedding", "all-linear"])
+    for kernel in (model.layers[0].embeddings, model.layers[1].kernel):
+        with pytest.raises(ValueError, match="nothing can be assigned.*Give"):
+            getattr(kernel, method)(ops.zeros(kernel.shape))
+        copy.deepcopy(kernel)
+    keras_vera.disable_vera(model)
+    model.layers[1].kernel.assign(np.ones((4, 3)))

@@ -335,6 +335,39 @@ def test_half_made_models_do_not_disturb():
     assert "_layers" not in vars(half_made)
 
 
+class Holder(keras.Layer):
+    """A plain layer, which no model knows of, with layers in a list."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = [inner]
+
+    def build(self, input_shape):
+        if not self.inner[0].built:
+            self.inner[0].build(input_shape)
+
+    def call(self, x):
+        return self.inner[0](x)
+
+
+def test_torch_lists_the_trained_parameters_of_plain_layers():
+    if backend() != "torch":
+        pytest.skip("`parameters()` is PyTorch's.")
+    base = Holder(keras.layers.Dense(3))
+    outer = Holder(base)
+    outer(np.ones((2, 4), "float32"))
+    for undo in (keras_vera.disable_vera, keras_vera.merge):
+        keras_vera.enable_vera(base, rank=2, targets="all-linear")
+        for layer in (base, outer):
+            assert {id(p) for p in layer.parameters() if p.requires_grad} == {
+                id(v.value) for v in layer.trainable_variables
+            }
+        undo(base)
+        for layer in (base, outer):
+            values = {id(v.value) for v in layer.variables}
+            assert {id(p) for p in layer.parameters()} == values
+
+
 def test_torch_lists_the_trained_parameters():
     if backend() != "torch":
         pytest.skip("`parameters()` is PyTorch's.")

@@ -51,6 +51,9 @@ ACTIONS = [
         targets=st.sampled_from(TARGETS),
         where=one("base", "model"),
         exclude=one(None, None, None, ".*inner"),
+        train=st.sampled_from(
+            [None, None, None, "norm", "bias", ["norm", "bias"], "last"]
+        ),
         rank=one(3, 1),
         seed=one(0, 9),
         structure=one("dense", "blocks"),
@@ -58,7 +61,7 @@ ACTIONS = [
         plan=one("auto", "folded", "additive"),
     ),
     st.builds(habits.Spoil, seed=one(1, 2)),
-    st.builds(habits.Train, how=one("loop", "batch", "fit")),
+    st.builds(habits.Train, how=one("loop", "batch", "fit", "checkpoint")),
     st.builds(
         habits.Toggle,
         layer=st.just(0) | st.integers(1, 20),
@@ -89,10 +92,12 @@ ACTIONS = [
             habits.Save(),
             habits.Disable(),
             habits.Merge(),
+            habits.Bank(),
         ),
         error=st.booleans(),
     ),
     st.builds(habits.AddHead),
+    st.builds(habits.Bank, fits=st.booleans(), folder=st.booleans()),
 ]
 # Most of what there is to check begins with an adapter that shows.
 BEGINNINGS = st.one_of(
@@ -140,7 +145,9 @@ def test_habits_for_long(capsys):
         if key not in found:
             # What comes after the step that failed does not matter.
             actions = actions[: error.step + 1]
-            found[key] = described(*shrunk(recipe, actions, key))
+            # Not longer than half a minute for each.
+            limit = min(end, time.time() + 30)
+            found[key] = described(*shrunk(recipe, actions, error, limit))
             with capsys.disabled():
                 print(f"\n{key}\n{found[key]}", flush=True)
 
@@ -152,12 +159,14 @@ def test_habits_for_long(capsys):
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )(cases(case))
-    while time.time() < end:
-        hypothesis.seed(random.SystemRandom().randrange(2**32))(explore)()
-    with capsys.disabled():
-        print(f"\n{counts['sequences']} sequences, {counts['steps']} steps")
-        for key in found:
-            print(f"{counts[key]} times {key}")
+    try:
+        while time.time() < end:
+            hypothesis.seed(random.SystemRandom().randrange(2**32))(explore)()
+    finally:
+        with capsys.disabled():
+            print(f"\n{counts['sequences']} sequences, {counts['steps']} steps")
+            for key in found:
+                print(f"{counts[key]} times {key}", flush=True)
     assert not found
 
 
@@ -172,12 +181,13 @@ def error_of(recipe, actions):
             return error
 
 
-def shrunk(recipe, actions, key):
-    """Returns a shorter case that fails alike.
+def shrunk(recipe, actions, error, limit):
+    """Returns a shorter case that fails alike, and its error.
 
-    With fewer runs than Hypothesis takes, as each builds several models.
+    With fewer runs than Hypothesis takes, as each builds several models, and
+    with the shortest that is known when the time is over.
     """
-    case = recipe, actions
+    case, key = (recipe, actions), key_of(error)
     size = None
     while size != len(repr(case)):
         size = len(repr(case))
@@ -185,15 +195,17 @@ def shrunk(recipe, actions, key):
         while True:
             candidates = list(shorter(*case))[position:]
             for candidate in candidates:
-                error = error_of(*candidate)
-                if error is not None and key_of(error) == key:
+                if time.time() > limit:
+                    return *case, error
+                other = error_of(*candidate)
+                if other is not None and key_of(other) == key:
                     # What failed to shrink before hardly will now.
-                    case = candidate
+                    case, error = candidate, other
                     break
                 position += 1
             else:
                 break
-    return *case, error_of(*case)
+    return *case, error
 
 
 def shorter(recipe, actions):
