@@ -1,25 +1,53 @@
+import numbers
+
 import keras
 
+from keras_vera import _keras
+from keras_vera.product.checks import check_integer
+
 _VECTORS = r"(.*/)?vera_lambda_[db]"
+_RATE = 3e-2
+_REST_RATE = 3e-3
+# The share of the steps in which the rates rise.
+_WARMUP = 0.1
 
 
-def vera_optimizer(vectors=None, rest=None):
-    """Returns an optimizer with a learning rate of their own for the vectors.
-
-    The vectors of VeRA want a higher learning rate than a new task head, 3 to
-    100 times as high; with one rate for both, one of the two trains badly.
+def vera_optimizer(vectors=None, rest=None, total_steps=None):
+    """Returns an optimizer with learning rates of their own for the vectors.
 
     Args:
-        vectors: Optimizer for the vectors `d` and `b`: a Keras optimizer or
-            its name. Its learning rate may be a schedule. Defaults to Adam
-            with a learning rate of 0.01.
-        rest: Optimizer for all other trained variables, such as a task head.
-            Defaults to Adam with a learning rate of 0.003.
+        vectors: Float, the learning rate of Adam for vectors that start with a
+            `d_initial` of 0.1. For others, that of `d` is as many times as
+            high as `d` starts, and that of `b` as many times as low, with
+            which they train in the same way. Or a Keras optimizer or its name,
+            which trains `d` and `b` as it is, whatever `d_initial` is.
+            Defaults to 0.03.
+        rest: Float, the learning rate of Adam for all other trained variables,
+            such as a task head. Or a Keras optimizer or its name. Defaults to
+            0.003.
+        total_steps: Integer, how many steps will be made: epochs times
+            batches. What is given as a rate then rises to it in the first
+            tenth of these, and falls to 0 by a cosine. Defaults to `None`:
+            rates stay as they are.
 
     Returns:
         A `keras.optimizers.MultiOptimizer`, for `model.compile`.
 
+    Raises:
+        ValueError: If a rate is not positive, `total_steps` is not a positive
+            integer or there is no rate for it to change, or both optimizers
+            are the same one.
+
     Example:
+
+    ```python
+    model.compile(
+        optimizer=keras_vera.vera_optimizer(total_steps=1000),
+        loss="sparse_categorical_crossentropy",
+    )
+    ```
+
+    With optimizers of your own:
 
     ```python
     model.compile(
@@ -33,17 +61,90 @@ def vera_optimizer(vectors=None, rest=None):
     )
     ```
     """
-    if vectors is None:
-        vectors = keras.optimizers.Adam(1e-2)
-    if rest is None:
-        rest = keras.optimizers.Adam(3e-3)
-    vectors = keras.optimizers.get(vectors)
-    rest = keras.optimizers.get(rest)
-    if vectors is rest:
+    vectors = _checked("vectors", vectors, _RATE)
+    rest = _checked("rest", rest, _REST_RATE)
+    rates = [x for x in (vectors, rest) if isinstance(x, float)]
+    if total_steps is not None:
+        total_steps = check_integer("total_steps", total_steps, 1)
+        if not rates:
+            raise ValueError(
+                "`total_steps` is for learning rates that are given as "
+                "numbers, and both `vectors` and `rest` are optimizers. "
+                f"Received: total_steps={total_steps}. Give the optimizers "
+                "schedules, or leave `total_steps` out."
+            )
+    if vectors is rest and not rates:
         raise ValueError(
             "`vectors` and `rest` must be two optimizers. "
             f"Received the same one twice: {vectors!r}"
         )
-    return keras.optimizers.MultiOptimizer(
-        keras.optimizers.OptimizerMap(rest, {_VECTORS: vectors})
-    )
+    if isinstance(rest, float):
+        rest = _adam(rest, total_steps)
+    if isinstance(vectors, float):
+        by_path = _MapByStart(rest, {_VECTORS: _adam(vectors, total_steps)})
+    else:
+        by_path = keras.optimizers.OptimizerMap(rest, {_VECTORS: vectors})
+    return keras.optimizers.MultiOptimizer(by_path)
+
+
+@_keras.named_in_files("keras.optimizers.OptimizerMap")
+class _MapByStart(keras.optimizers.OptimizerMap):
+    """Gives vectors an optimizer whose rate suits where `d` starts.
+
+    The adapter depends on `d * b` alone, and the steps of Adam on their rates
+    alone: with `d` and its rate s times as large, and the rate of b s times as
+    small, all is as it was.
+
+    It has no state of its own, as files of a compiled model hold it as Keras'
+    own class, to be loaded without this package.
+    """
+
+    def __call__(self, variable):
+        optimizer = self[variable.path]
+        factor = getattr(variable, "vera_rate_factor", 1.0)
+        if factor == 1 or optimizer is self.default_optimizer:
+            return optimizer
+        # No path is such a key.
+        key = f"{_VECTORS} at {factor:g} times the rate"
+        if key not in list(self):
+            self[key] = _scaled(optimizer, factor)
+        return self[key]
+
+
+def _checked(name, value, default):
+    """Returns an optimizer, or a learning rate as a `float`."""
+    if value is None:
+        return default
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not 0 < value < float("inf"):
+            raise ValueError(
+                f"`{name}` must be an optimizer or a positive learning rate. "
+                f"Received: {name}={value!r}"
+            )
+        return float(value)
+    return keras.optimizers.get(value)
+
+
+def _adam(rate, total_steps):
+    if total_steps is not None:
+        warmup = max(1, round(_WARMUP * total_steps))
+        rate = keras.optimizers.schedules.CosineDecay(
+            # The first step counts.
+            rate / warmup,
+            max(1, total_steps - warmup),
+            warmup_target=rate,
+            warmup_steps=warmup,
+        )
+    return keras.optimizers.Adam(rate)
+
+
+def _scaled(optimizer, factor):
+    """Returns one like it, whose rates are `factor` times as high."""
+    config = optimizer.get_config()
+    rate = config["learning_rate"]
+    if isinstance(rate, dict):
+        for name in ("initial_learning_rate", "warmup_target"):
+            rate["config"][name] *= factor
+    else:
+        config["learning_rate"] = rate * factor
+    return type(optimizer).from_config(config)

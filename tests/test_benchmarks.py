@@ -67,6 +67,32 @@ def test_quality(tmp_path):
     assert len(re.findall("^blocks4 +mean ", run.stdout, re.M)) == 2
 
 
+@pytest.mark.skipif(
+    backend() != "torch", reason="Nothing in it depends on the backend."
+)
+def test_rates(tmp_path):
+    def run(*arguments):
+        return subprocess.check_output(
+            [
+                *(sys.executable, FOLDER / "rates.py"),
+                *("--output", tmp_path / "rates.jsonl", "--limit", "4"),
+                *("--ranks", "4", "--batch_size", "4", *arguments),
+            ],
+            env={**os.environ, "MPLBACKEND": "agg"},
+            text=True,
+        )
+
+    run("--steps", "2", "--rates", "0.1")
+    first = (tmp_path / "rates.jsonl").read_text()
+    output = run("--steps", "2", "3", "--rates", "0.1")
+    lines = (tmp_path / "rates.jsonl").read_text()
+    # What was there is not trained again.
+    assert lines.startswith(first) and lines.count("\n") == 2
+    assert (
+        len(re.findall(r"^Keras docstrings . .*: best 0.1 ", output, re.M)) == 2
+    )
+
+
 def test_fuzz_adapter_file():
     output = subprocess.check_output(
         [sys.executable, FOLDER / "fuzz_adapter_file.py", "--files", "5000"],

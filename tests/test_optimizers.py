@@ -1,19 +1,26 @@
 import keras
 import numpy as np
 import pytest
+from banks import compile_bank
+from banks import make_bank
+from banks import make_files
 from helpers import adapted
 from helpers import spoil
 from keras import ops
 
 import keras_vera
 
+RATE = 3e-2
+REST_RATE = 3e-3
 
-def make_model():
+
+def make_model(**kwargs):
     backbone = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8)])
     model = keras.Sequential(
         [keras.Input((6,)), backbone, keras.layers.Dense(3, name="head")]
     )
-    keras_vera.enable_vera(backbone, rank=4, targets="all-linear")
+    kwargs = {"rank": 4, "targets": "all-linear", **kwargs}
+    keras_vera.enable_vera(backbone, **kwargs)
     return model
 
 
@@ -71,7 +78,7 @@ def test_default_trains_a_model_without_head(data):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
     keras_vera.enable_vera(model, rank=4, targets="all-linear")
     steps = moves(model, keras_vera.vera_optimizer(), x, np.ones((8, 3)))
-    assert steps["vera_lambda_b"] == pytest.approx(1e-2, rel=0.01)
+    assert steps["vera_lambda_b"] == pytest.approx(RATE, rel=0.01)
     assert len(adapted(model)) == 1
 
 
@@ -81,6 +88,8 @@ def test_state_is_that_of_the_vectors(data):
     model.fit(*data, verbose=0)
     trained = sum(np.prod(v.shape) for v in model.trainable_variables)
     assert trained == 4 + 8 + (8 * 3 + 3)
+    # As files of optimizers have had them.
+    assert len(model.optimizer.optimizers) == 2
     # Two moments in Adam; and counters, rates.
     state = [v for v in model.optimizer.variables if len(v.shape)]
     assert sum(np.prod(v.shape) for v in state) == 2 * trained
@@ -109,3 +118,227 @@ def test_one_optimizer_for_both_is_refused():
     adam = keras.optimizers.Adam()
     with pytest.raises(ValueError, match="must be two optimizers"):
         keras_vera.vera_optimizer(adam, adam)
+
+
+def check_default_steps(steps, d_initial):
+    scale = abs(d_initial) / 0.1
+    for name, step in steps.items():
+        rates = {"vera_lambda_d": RATE * scale, "vera_lambda_b": RATE / scale}
+        rate = rates.get(name, REST_RATE)
+        assert step == pytest.approx(rate, rel=0.01), name
+
+
+@pytest.mark.parametrize("d_initial", [0.1, 1.0, -0.02])
+def test_rates_follow_d_initial(data, d_initial):
+    model = make_model(d_initial=d_initial)
+    spoil(model)
+    steps = moves(model, keras_vera.vera_optimizer(), *data)
+    check_default_steps(steps, d_initial)
+
+
+@pytest.mark.parametrize("d_initial", [0.1, 1.0])
+@pytest.mark.parametrize("structure", ["dense", "blocks4"])
+@pytest.mark.parametrize("m, n, rank", [(64, 512, 32), (256, 128, 1024)])
+def test_a_step_moves_outputs_alike(rng, m, n, rank, structure, d_initial):
+    layer = keras_vera.layers.VeRADense(
+        n,
+        d_initial=d_initial,
+        projection=keras_vera.SharedProjection(rank=rank, structure=structure),
+    )
+    x = rng.normal(size=(200, m)).astype("float32")
+    before = ops.convert_to_numpy(layer(x))
+    b = layer.vera_lambda_b
+    signs = rng.choice([-1, 1], n).astype("float32")
+    b.assign(RATE * b.vera_rate_factor * signs)
+    moved = ops.convert_to_numpy(layer(x)) - before
+    # Twice 0.1, whatever the sizes, the rank, the structure and d_initial are.
+    assert np.sqrt(np.mean(moved**2)) == pytest.approx(0.2 * RATE, rel=0.15)
+
+
+def test_any_d_initial_trains_in_the_same_way(data):
+    def trained(d_initial, optimizer):
+        keras.utils.set_random_seed(0)
+        model = make_model(d_initial=d_initial)
+        model.compile(optimizer, "mse")
+        model.fit(*data, epochs=4, batch_size=8, verbose=0)
+        layer = adapted(model)[0]
+        d = ops.convert_to_numpy(layer.vera_lambda_d) / d_initial
+        return d, ops.convert_to_numpy(layer.vera_lambda_b) * d_initial
+
+    expected = trained(0.1, keras_vera.vera_optimizer())
+    assert np.abs(expected[0] - 1).min() > 0.1
+    for d_initial in (1.0, 0.05):
+        received = trained(d_initial, keras_vera.vera_optimizer())
+        # Adam's epsilon is not scaled.
+        for a, b in zip(received, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0.01, atol=1e-4)
+    other = trained(1.0, keras_vera.vera_optimizer("adam"))
+    assert np.abs(other[0] - expected[0]).max() > 0.1
+
+
+def test_layers_of_one_model_may_start_differently(data):
+    first, second = keras.layers.Dense(8), keras.layers.Dense(3)
+    backbones = [
+        keras.Sequential([keras.Input((6,)), first]),
+        keras.Sequential([keras.Input((8,)), second]),
+    ]
+    for backbone, d_initial in zip(backbones, (1.0, 0.1), strict=True):
+        keras_vera.enable_vera(
+            backbone, rank=4, targets="all-linear", d_initial=d_initial
+        )
+    model = keras.Sequential([keras.Input((6,)), *backbones])
+    spoil(model)
+    vectors = [x.vera_lambda_b for x in (first, second)]
+    before = [np.array(ops.convert_to_numpy(v)) for v in vectors]
+    model.compile(keras_vera.vera_optimizer(), "mse")
+    model.fit(*data, batch_size=8, verbose=0)
+    steps = [
+        np.abs(ops.convert_to_numpy(v) - old).max()
+        for v, old in zip(vectors, before, strict=True)
+    ]
+    assert steps == pytest.approx([RATE / 10, RATE], rel=0.01)
+
+
+def test_rates_as_numbers(data):
+    model = make_model(d_initial=1.0)
+    spoil(model)
+    steps = moves(model, keras_vera.vera_optimizer(5e-3, 2e-4), *data)
+    expected = {"vera_lambda_d": 5e-2, "vera_lambda_b": 5e-4}
+    for name, step in steps.items():
+        rate = expected.get(name, 2e-4)
+        assert step == pytest.approx(rate, rel=0.01), name
+
+
+def test_optimizers_that_are_given_stay_as_they_are(data):
+    model = make_model(d_initial=1.0)
+    spoil(model)
+    given = keras.optimizers.Adam(5e-3)
+    steps = moves(model, keras_vera.vera_optimizer(given), *data)
+    for name in ("vera_lambda_d", "vera_lambda_b"):
+        assert steps[name] == pytest.approx(5e-3, rel=0.01)
+    assert given in model.optimizer.optimizers
+
+
+def test_total_steps():
+    model = make_model(d_initial=1.0)
+    optimizer = keras_vera.vera_optimizer(total_steps=40)
+    optimizer.build(model.trainable_variables)
+    steps = np.arange(45)
+    factors = np.where(
+        steps < 4,
+        (1 + steps * 3 / 4) / 4,
+        (1 + np.cos(np.pi * np.minimum(steps - 4, 36) / 36)) / 2,
+    )
+    built = [x for x in optimizer.optimizers if x.built]
+    rates = []
+    for part in built:
+        peak = float(
+            part.get_config()["learning_rate"]["config"]["warmup_target"]
+        )
+        rates.append(peak)
+        for step, factor in zip(steps, factors, strict=True):
+            part.iterations.assign(int(step))
+            rate = float(ops.convert_to_numpy(part.learning_rate))
+            assert rate == pytest.approx(peak * factor, rel=1e-5, abs=1e-9)
+    assert sorted(rates) == pytest.approx([REST_RATE, RATE / 10, RATE * 10])
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3])
+def test_few_steps_train(data, total_steps):
+    model = make_model()
+    steps = moves(
+        model, keras_vera.vera_optimizer(total_steps=total_steps), *data
+    )
+    assert steps["vera_lambda_b"] == pytest.approx(RATE, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"vectors": 0.0}, "`vectors` must be an optimizer or a positive"),
+        ({"rest": -1}, "`rest` must be an optimizer or a positive"),
+        ({"rest": float("nan")}, "`rest` must be an optimizer or a positive"),
+        ({"total_steps": 0}, "`total_steps` must be an integer"),
+        ({"total_steps": 1e3}, "`total_steps` must be an integer"),
+        (
+            {"vectors": "adam", "rest": "sgd", "total_steps": 10},
+            "both `vectors` and `rest` are optimizers",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        keras_vera.vera_optimizer(**kwargs)
+
+
+def test_equal_rates_are_two_optimizers(data):
+    model = make_model()
+    spoil(model)
+    steps = moves(model, keras_vera.vera_optimizer(0.01, 0.01), *data)
+    assert list(steps.values()) == pytest.approx([0.01] * 4, rel=0.01)
+
+
+def test_rates_follow_another_adaptation(data):
+    optimizer = keras_vera.vera_optimizer()
+    model = make_model(d_initial=1.0)
+    model.compile(optimizer, "mse")
+    model.fit(*data, verbose=0)
+    backbone = model.layers[0]
+    for d_initial in (0.1, 0.3, 1.0):
+        keras_vera.disable_vera(backbone)
+        keras_vera.enable_vera(
+            backbone, rank=4, targets="all-linear", d_initial=d_initial
+        )
+        assert model.optimizer is optimizer
+        spoil(model)
+        before = {
+            v.name: np.array(ops.convert_to_numpy(v))
+            for v in adapted(model)[0].weights
+        }
+        model.fit(*data, batch_size=8, verbose=0)
+        steps = {
+            v.name: np.abs(ops.convert_to_numpy(v) - before[v.name]).max()
+            for v in adapted(model)[0].trainable_variables
+        }
+        check_default_steps(steps, d_initial)
+
+
+def test_a_copy_of_a_shared_optimizer_has_the_rates(data):
+    optimizer = keras_vera.vera_optimizer()
+    models = [make_model(d_initial=1.0), make_model(d_initial=1.0)]
+    for model in models:
+        model.compile(optimizer, "mse")
+    models[1].fit(*data, verbose=0)
+    backbone = models[0].layers[0]
+    keras_vera.disable_vera(backbone)
+    keras_vera.enable_vera(
+        backbone, rank=4, targets="all-linear", d_initial=0.5
+    )
+    spoil(models[0])
+    steps = moves(models[0], models[0].optimizer, *data)
+    check_default_steps(steps, 0.5)
+
+
+def test_files_hold_classes_of_keras_alone(tmp_path, data):
+    model = make_model(d_initial=1.0)
+    model.compile(keras_vera.vera_optimizer(total_steps=8), "mse")
+    model.fit(*data, verbose=0)
+    assert "keras_vera" not in str(model.optimizer.get_config())
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+    map_class = type(loaded.optimizer._optimizer_map)
+    assert map_class is keras.optimizers.OptimizerMap
+
+
+def test_rates_in_a_bank(tmp_path, rng):
+    files = make_files(tmp_path, ["ann", "bob"], d_initial=1.0)
+    bank = make_bank(files, d_initial=1.0)
+    compile_bank(bank, keras_vera.vera_optimizer())
+    stacks = bank.model.trainable_variables
+    before = [np.array(ops.convert_to_numpy(v)) for v in stacks]
+    x, y = rng.normal(size=(8, 3, 6)).astype("float32"), np.arange(8) % 4
+    bank.fit(x, y, adapters=["ann", "bob"] * 4, batch_size=8, verbose=0)
+    for v, old in zip(stacks, before, strict=True):
+        step = np.abs(ops.convert_to_numpy(v) - old).max()
+        check_default_steps({v.path.split("/")[-1]: step}, 1.0)

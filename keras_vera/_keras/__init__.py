@@ -39,6 +39,7 @@ from keras_vera._keras.models import COMPILED as COMPILED
 from keras_vera._keras.models import living_models as living_models
 from keras_vera._keras.models import remember_model as remember_model
 from keras_vera._keras.models import reset_compiled as reset_compiled
+from keras_vera._keras.optimizers import named_in_files as named_in_files
 from keras_vera._keras.optimizers import (
     update_variables_one_by_one as update_variables_one_by_one,
 )

@@ -13,13 +13,17 @@ def new_stack(name, variable, fresh, slots):
         # The path is that of the entry: `vera_optimizer` goes by it.
         for folder in folders:
             scopes.enter_context(keras.name_scope(folder))
-        return keras.Variable(
+        stack = keras.Variable(
             np.repeat(fresh[None], slots, axis=0),
             dtype=variable.dtype,
             trainable=True,
             autocast=False,
             name=last,
         )
+    # And by this.
+    if hasattr(variable, "vera_rate_factor"):
+        stack.vera_rate_factor = variable.vera_rate_factor
+    return stack
 
 
 def copy_rows(before, after):

@@ -20,6 +20,9 @@ from keras_vera.product.plan import choose_plan
 # (`torch.compile` follows a `threading.local`, but no `ContextVar`.)
 _base_only = threading.local()
 
+# Of the paper. The learning rates of `vera_optimizer` are for it.
+USUAL_D_INITIAL = 0.1
+
 _VARIABLES = (
     "vera_kernel_a",
     "vera_kernel_b",
@@ -103,7 +106,7 @@ class VeRALayer:
     def attach_vera(
         self,
         projection,
-        d_initial=0.1,
+        d_initial=USUAL_D_INITIAL,
         dropout=0.0,
         plan="auto",
         output_offset=0,
@@ -147,6 +150,10 @@ class VeRALayer:
                 dtype="float32",
                 autocast=False,
             )
+            # For `vera_optimizer`.
+            scale = abs(d_initial) / USUAL_D_INITIAL
+            self.vera_lambda_d.vera_rate_factor = scale
+            self.vera_lambda_b.vera_rate_factor = 1 / scale
             self.vera_kernel_a = projection.vera_kernel_a
             self.vera_kernel_b = projection.vera_kernel_b
             self._vera_seed_generator = (
