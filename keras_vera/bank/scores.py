@@ -74,3 +74,11 @@ class Scores:
 
     def _variables(self):
         return [v for metric in self._model.metrics for v in metric.variables]
+
+
+def scores_of_all(model, batches):
+    """Returns a dict of values by name of the metric, of all examples."""
+    scores = Scores(model, together=True)
+    for batch in batches:
+        scores.add(*batch)
+    return scores.results()[0]
