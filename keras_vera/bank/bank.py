@@ -110,8 +110,7 @@ class AdapterBank:
     @property
     def names(self):
         """The names of all adapters, a list."""
-        with self._lock:
-            return self._register.names
+        return self._register.names
 
     def __len__(self):
         return len(self._register.names)
@@ -146,8 +145,8 @@ class AdapterBank:
             filepath: `str` or `pathlib.Path`.
             head: Boolean, whether to load the task head as well. `False`
                 gives the adapter that of the model. Defaults to `True`.
-            replace: Boolean, whether the file may take the place of an
-                adapter that is there, in one step. Defaults to `False`.
+            replace: Boolean, whether the file takes the place of an adapter
+                that is there. Defaults to `False`.
 
         Raises:
             keras_vera.AdapterFileError: If the file is damaged or belongs to
@@ -216,12 +215,7 @@ class AdapterBank:
         Returns:
             An int32 NumPy array.
         """
-        if self._register.folder is not None:
-            raise ValueError(
-                "A bank with a folder gives no ids, since its adapters come "
-                "and go. Use `bank.predict`, `bank.fit` or `bank.generate` "
-                "with names."
-            )
+        self._register.check_no_folder()
         with self._lock:
             return self._slots.bring(names_of(adapters))
 
@@ -247,11 +241,10 @@ class AdapterBank:
                 base model. NumPy arrays, pandas series and tensors of strings
                 do as well. Not for a dataset.
             batch_size: Positive integer, for arrays. Defaults to `32`.
-            return_exceptions: Boolean, whether an example with an adapter
-                that is not there, or cannot be read, or with a text that the
-                preprocessor refuses, gets its exception as its answer, and
-                the others theirs. Not for a dataset. Defaults to `False`:
-                the first is raised.
+            return_exceptions: Boolean, whether an example whose adapter is
+                not there or cannot be read, or whose text the preprocessor
+                refuses, gets its exception, and the others their answers. Not
+                for a dataset. Defaults to `False`: the first is raised.
             **kwargs: Further arguments of `keras.Model.predict`.
 
         Returns:
@@ -269,9 +262,12 @@ class AdapterBank:
                 if self._slots.have_room_for(data.names):
                     x, *_ = data.joined(self._slots.ids(data.names))
                     return self.model.predict(x, **kwargs)
-                batches = self._slots.batches(data, kwargs)
-                outputs = [self.model.predict_on_batch(x) for x, *_ in batches]
-                outputs = tree.map_structure(ops.convert_to_numpy, outputs)
+                outputs = [
+                    tree.map_structure(
+                        ops.convert_to_numpy, self.model.predict_on_batch(x)
+                    )
+                    for x, *_ in self._slots.batches(data, kwargs)
+                ]
             else:
                 if not return_exceptions:
                     self._register.check_known(data.names)
@@ -313,10 +309,7 @@ class AdapterBank:
                 )
             return_dict = kwargs.pop("return_dict", False)
             batches = self._slots.batches(data, kwargs)
-            found = scores_of_all(self.model, batches)
-            if return_dict:
-                return found
-            return list(found.values()) if len(found) > 1 else found["loss"]
+            return scores_of_all(self.model, batches, return_dict)
 
     def fit(
         self,

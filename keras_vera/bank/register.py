@@ -77,6 +77,14 @@ class Register:
         if not replace and name in self:
             raise _already_there(name)
 
+    def check_no_folder(self):
+        if self.folder is not None:
+            raise ValueError(
+                "A bank with a folder gives no ids, since its adapters come "
+                "and go. Use `bank.predict`, `bank.fit` or `bank.generate` "
+                "with names."
+            )
+
     def check_known(self, adapters, base=True, errors=None):
         """Raises for names that are not in the bank.
 

@@ -76,9 +76,12 @@ class Scores:
         return [v for metric in self._model.metrics for v in metric.variables]
 
 
-def scores_of_all(model, batches):
-    """Returns a dict of values by name of the metric, of all examples."""
+def scores_of_all(model, batches, return_dict):
+    """Returns what `keras.Model.evaluate` does, of batches of arrays."""
     scores = Scores(model, together=True)
     for batch in batches:
         scores.add(*batch)
-    return scores.results()[0]
+    found = scores.results()[0]
+    if return_dict:
+        return found
+    return list(found.values()) if len(found) > 1 else found["loss"]
