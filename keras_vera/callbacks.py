@@ -7,7 +7,7 @@ import warnings
 import keras
 
 from keras_vera import _keras
-from keras_vera.bank.files import Folder
+from keras_vera.bank.folder import Folder
 from keras_vera.bank.model import BankModel
 from keras_vera.bank.scores import Scores
 from keras_vera.files.adapter import save_adapter

@@ -1,4 +1,3 @@
-import itertools
 import os
 import threading
 
@@ -7,17 +6,19 @@ from keras import ops
 from keras import tree
 
 from keras_vera import _keras
+from keras_vera.bank import rows
 from keras_vera.bank.batches import without_none
 from keras_vera.bank.data import Batches
 from keras_vera.bank.data import data_of
 from keras_vera.bank.data import validation_of
 from keras_vera.bank.files import BankFiles
 from keras_vera.bank.generate import Generator
-from keras_vera.bank.generate import can_generate
+from keras_vera.bank.generate import check_can_generate
 from keras_vera.bank.model import BankModel
 from keras_vera.bank.names import count_examples
 from keras_vera.bank.names import names_of
-from keras_vera.bank.scores import Scores
+from keras_vera.bank.register import Register
+from keras_vera.bank.scores import scores_of_all
 from keras_vera.bank.slots import Slots
 from keras_vera.files.format import check_file_dtype
 from keras_vera.files.format import check_filepath
@@ -39,7 +40,8 @@ class AdapterBank:
     With a `folder`, which holds an adapter file for each name, the bank may
     be much larger than the device's memory: adapters are read when a batch
     needs them, and the least recently used make room. Every change is
-    written to the folder at once.
+    written to the folder at once, and what other banks and processes write to
+    it is noticed before each batch.
 
     Several threads may use one bank; its methods wait for each other. What
     the other methods do to `bank.model` and `model` directly is not guarded.
@@ -93,7 +95,8 @@ class AdapterBank:
         )
         self.model.set_classes([0], [files.classes])
         folder = None if folder is None else os.fspath(folder)
-        self._slots = Slots(self.model, files, folder)
+        self._register = Register(folder)
+        self._slots = Slots(self.model, files, self._register)
         self.model.adapters = self._slots
         self._generator = Generator(model)
         self._lock = threading.RLock()
@@ -107,14 +110,13 @@ class AdapterBank:
     @property
     def names(self):
         """The names of all adapters, a list."""
-        with self._lock:
-            return list(self._slots.names)
+        return self._register.names
 
     def __len__(self):
-        return len(self._slots.names)
+        return len(self._register.names)
 
     def __contains__(self, name):
-        return name in self._slots.names
+        return name in self._register
 
     def __iter__(self):
         return iter(self.names)
@@ -135,14 +137,16 @@ class AdapterBank:
         with self._lock:
             self._slots.add(name, classes, like)
 
-    def load(self, name, filepath, head=True):
+    def load(self, name, filepath, head=True, replace=False):
         """Loads an adapter file, made by `save` or `keras_vera.save_adapter`.
 
         Args:
-            name: String, not in the bank yet.
+            name: String, not in the bank yet, unless with `replace`.
             filepath: `str` or `pathlib.Path`.
             head: Boolean, whether to load the task head as well. `False`
                 gives the adapter that of the model. Defaults to `True`.
+            replace: Boolean, whether the file takes the place of an adapter
+                that is there. Defaults to `False`.
 
         Raises:
             keras_vera.AdapterFileError: If the file is damaged or belongs to
@@ -150,8 +154,10 @@ class AdapterBank:
                 bank is then as it was.
         """
         with self._lock:
-            self._slots.check_new(name)
-            self._slots.put(name, *self._files.read(filepath, head))
+            self._register.check_new(name, replace)
+            self._slots.check_not_fitting(name)
+            arrays, classes, _ = self._files.read(filepath, head)
+            self._slots.put(name, arrays, classes, replace)
 
     def save(self, name, filepath, dtype="float32"):
         """Saves an adapter as `keras_vera.save_adapter` does.
@@ -165,13 +171,13 @@ class AdapterBank:
         filepath = check_filepath(filepath)
         check_file_dtype(dtype)
         with self._lock:
-            self._slots.check_known([name], base=False)
+            self._register.check_known([name], base=False)
             self._slots.save(name, filepath, dtype=dtype)
 
     def remove(self, name):
         """Removes an adapter; from a bank with a folder, also its file."""
         with self._lock:
-            self._slots.check_known([name], base=False)
+            self._register.check_known([name], base=False)
             self._slots.check_not_fitting(name)
             self._slots.remove(name)
 
@@ -183,8 +189,8 @@ class AdapterBank:
             new_name: String, not in the bank yet.
         """
         with self._lock:
-            self._slots.check_known([name], base=False)
-            self._slots.check_new(new_name)
+            self._register.check_known([name], base=False)
+            self._register.check_new(new_name)
             self._slots.check_not_fitting(name)
             self._slots.rename(name, new_name)
 
@@ -209,18 +215,20 @@ class AdapterBank:
         Returns:
             An int32 NumPy array.
         """
-        if self._slots.folder is not None:
-            raise ValueError(
-                "A bank with a folder gives no ids, since its adapters come "
-                "and go. Use `bank.predict`, `bank.fit` or `bank.generate` "
-                "with names."
-            )
+        self._register.check_no_folder()
         with self._lock:
             return self._slots.bring(names_of(adapters))
 
     # ---- Using and training adapters.
 
-    def predict(self, x, adapters=None, batch_size=32, **kwargs):
+    def predict(
+        self,
+        x,
+        adapters=None,
+        batch_size=32,
+        return_exceptions=False,
+        **kwargs,
+    ):
         """Predicts for each example with its own adapter.
 
         Args:
@@ -233,31 +241,48 @@ class AdapterBank:
                 base model. NumPy arrays, pandas series and tensors of strings
                 do as well. Not for a dataset.
             batch_size: Positive integer, for arrays. Defaults to `32`.
+            return_exceptions: Boolean, whether an example whose adapter is
+                not there or cannot be read, or whose text the preprocessor
+                refuses, gets its exception, and the others their answers. Not
+                for a dataset. Defaults to `False`: the first is raised.
             **kwargs: Further arguments of `keras.Model.predict`.
 
         Returns:
-            NumPy array(s) of predictions.
+            NumPy array(s) of predictions. With `return_exceptions`, a list of
+            those of each example, or its exception.
         """
         check_integer("batch_size", batch_size, 1)
         kwargs = {"verbose": 0, **kwargs}
+        refused, unread = {}, {} if return_exceptions else None
+        if return_exceptions:
+            x, refused = rows.readable_inputs(self._base, x)
         data = data_of(self._base, x, adapters=adapters, has_targets=False)
         with self._lock:
             if isinstance(data, Batches):
                 if self._slots.have_room_for(data.names):
                     x, *_ = data.joined(self._slots.ids(data.names))
                     return self.model.predict(x, **kwargs)
-                batches = self._batches(data, kwargs)
-                outputs = [self.model.predict_on_batch(x) for x, *_ in batches]
-                outputs = tree.map_structure(ops.convert_to_numpy, outputs)
+                outputs = [
+                    tree.map_structure(
+                        ops.convert_to_numpy, self.model.predict_on_batch(x)
+                    )
+                    for x, *_ in self._slots.batches(data, kwargs)
+                ]
             else:
-                self._slots.check_known(data.names)
+                if not return_exceptions:
+                    self._register.check_known(data.names)
                 outputs = []
                 for part, size in self._slots.parts(data.names, batch_size):
-                    inputs, *_ = data.part(part, self._slots.bring)
+                    inputs, *_ = data.part(
+                        part, lambda names: self._slots.bring(names, unread)
+                    )
                     outputs.append(
                         self.model.predict(inputs, batch_size=size, **kwargs)
                     )
-        return tree.map_structure(lambda *ys: np.concatenate(ys), *outputs)
+        outputs = tree.map_structure(lambda *ys: np.concatenate(ys), *outputs)
+        if return_exceptions:
+            return rows.answers(outputs, data.names, refused, unread)
+        return outputs
 
     def evaluate(self, x, y=None, adapters=None, sample_weight=None, **kwargs):
         """Evaluates each example with its own adapter.
@@ -284,13 +309,8 @@ class AdapterBank:
                     x, y, sample_weight=sample_weight, **kwargs
                 )
             return_dict = kwargs.pop("return_dict", False)
-            scores = Scores(self.model, together=True)
-            for batch in self._batches(data, kwargs):
-                scores.add(*batch)
-            found = scores.results()[0]
-            if return_dict:
-                return found
-            return list(found.values()) if len(found) > 1 else found["loss"]
+            batches = self._slots.batches(data, kwargs)
+            return scores_of_all(self.model, batches, return_dict)
 
     def fit(
         self,
@@ -324,6 +344,11 @@ class AdapterBank:
 
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            keras_vera.AdapterFileError: In the end, if an adapter was changed
+                or removed in the folder meanwhile. It stays as it was left;
+                the others are trained and written.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
         data.check_targets(self.model)
@@ -345,7 +370,7 @@ class AdapterBank:
                     **kwargs,
                 )
 
-    def generate(self, prompts, adapters, **kwargs):
+    def generate(self, prompts, adapters, return_exceptions=False, **kwargs):
         """Generates for each prompt with its own adapter.
 
         Args:
@@ -353,46 +378,29 @@ class AdapterBank:
                 was made on: a list of strings, or a dict of arrays.
             adapters: List with a name for each prompt; `None` stands for the
                 base model.
+            return_exceptions: As in `predict`. Defaults to `False`.
             **kwargs: Further arguments of `CausalLM.generate`, such as
                 `max_length`.
 
         Returns:
-            As `CausalLM.generate`.
+            As `CausalLM.generate`. With `return_exceptions`, a list of what
+            each prompt gets, or its exception.
         """
-        if not can_generate(self._base):
-            raise ValueError(
-                "`generate` needs a bank on a `keras_hub.models.CausalLM`. "
-                f"Received: a bank on a {type(self._base).__name__}"
-            )
-        if not isinstance(prompts, (list, dict)):
-            raise ValueError(
-                "`prompts` must be a list of strings or a dict of arrays. "
-                f"Received: prompts of type {type(prompts).__name__}"
-            )
+        check_can_generate(self._base, prompts)
+        refused, unread = {}, {} if return_exceptions else None
+        if return_exceptions:
+            prompts, refused = rows.readable_prompts(self._base, prompts)
         adapters = names_of(adapters, count_examples(prompts))
         with self._lock:
             self.model.check_base()
             _keras.synchronize(self.model)
-            rows = self.model.rows(self._slots.bring(adapters))
-            return self._generator.generate(rows, prompts, **kwargs)
+            vectors = self.model.rows(self._slots.bring(adapters, unread))
+            outputs = self._generator.generate(vectors, prompts, **kwargs)
+        if return_exceptions:
+            return rows.answers(outputs, adapters, refused, unread)
+        return outputs
 
     def _combine(self, weights, name, method, head):
         """Adds the combination of adapters; see `keras_vera.combine`."""
         with self._lock:
             return self._slots.combine(weights, name, method, head)
-
-    def _batches(self, data, kwargs):
-        """Yields batches one after the other, each with its own adapters."""
-        kwargs = dict(kwargs)
-        kwargs.pop("verbose", None)
-        steps = kwargs.pop("steps", None)
-        size = kwargs.pop("batch_size", None) or 32
-        if kwargs:
-            raise ValueError(
-                f"{len(self)} adapters in a bank with capacity="
-                f"{self.capacity} are used batch by batch, without "
-                f"`{next(iter(kwargs))}`. Name no more adapters than fit, or "
-                "leave it out."
-            )
-        size = min(size, self._slots.room)
-        return itertools.islice(data.batches(size, self._slots.bring), steps)

@@ -1,8 +1,5 @@
 """Adapter files for the slots of an `AdapterBank`."""
 
-import os
-import urllib.parse
-
 import keras
 import numpy as np
 from keras import ops
@@ -13,9 +10,7 @@ from keras_vera.files import fit
 from keras_vera.files import format as adapter_format
 from keras_vera.files import saved
 from keras_vera.files import unsaved
-from keras_vera.files.format import EXTENSION
-from keras_vera.files.format import AdapterFileError
-from keras_vera.files.format import check_filepath
+from keras_vera.files.disk import write_files
 from keras_vera.layers import _base_scope
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.model import adaptation
@@ -81,11 +76,18 @@ class BankFiles:
         self._output = self.layers[output][:2] if output is not None else ()
 
     def read(self, filepath, head=True):
-        """Returns the arrays of a file by entry name, padded; and classes.
+        """Reads a file, once.
 
-        Without `head`, what is outside the base is that of a fresh adapter.
+        Args:
+            filepath: String or path.
+            head: Boolean; without it, what is outside the base is that of a
+                fresh adapter.
+
+        Returns:
+            Dict of arrays by entry name, padded; the number of classes; and
+            the `disk.Version` of the file.
         """
-        header, tensors = adapter_format.read(filepath)
+        header, tensors, version = adapter_format.read_version(filepath)
         if not head:
             vectors = saved.without_head(header, tensors)
             fresh = saved.without_head(self._header, self.fresh)
@@ -101,11 +103,11 @@ class BankFiles:
         }
         fit.check_entries(expected, tensors, header, filepath)
         unsaved.check_unsaved(self._unsaved, header, filepath, head)
-        return {
-            name: self._padded(name, array) for name, array in tensors.items()
-        }, classes
+        arrays = {k: self._padded(k, array) for k, array in tensors.items()}
+        return arrays, classes, version
 
-    def write(self, filepath, arrays, classes, dtype="float32"):
+    def encoded(self, arrays, classes, dtype="float32"):
+        """Returns the bytes of the file of an adapter."""
         tensors = {
             name: saved.as_array(
                 name,
@@ -116,7 +118,10 @@ class BankFiles:
         }
         # The layout of memory is part of the file.
         tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
-        adapter_format.write(filepath, self._header, tensors)
+        return adapter_format.encoded(self._header, tensors)
+
+    def write(self, filepath, arrays, classes, dtype="float32"):
+        write_files({filepath: self.encoded(arrays, classes, dtype)})
 
     @property
     def header(self):
@@ -137,38 +142,6 @@ class BankFiles:
         padded = self.fresh[name].copy()
         padded[..., : array.shape[-1]] = array
         return padded
-
-
-class Folder:
-    """A folder with an adapter file for each name."""
-
-    def __init__(self, path):
-        self.path = os.fspath(path)
-        os.makedirs(self.path, exist_ok=True)
-
-    def names(self):
-        return [
-            urllib.parse.unquote(entry.name[: -len(EXTENSION)])
-            for entry in os.scandir(self.path)
-            if entry.name.endswith(EXTENSION)
-        ]
-
-    def file(self, name):
-        # Every name is a file name so, and no two names are the same.
-        quoted = urllib.parse.quote(name, safe=" ").replace(".", "%2E")
-        return check_filepath(os.path.join(self.path, quoted + EXTENSION))
-
-    def rename(self, old, new):
-        os.replace(self.file(old), self.file(new))
-
-    def remove(self, name):
-        try:
-            os.remove(self.file(name))
-        except FileNotFoundError:
-            raise AdapterFileError(
-                f"'{self.file(name)}' is gone; the folder of a bank must not "
-                "be changed while it is open."
-            ) from None
 
 
 def _check_nothing_more_trains(paths):

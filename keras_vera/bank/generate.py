@@ -82,5 +82,15 @@ def _class_with_rows(plain_class):
     return type(plain_class.__name__, (_WithRows, plain_class), {})
 
 
-def can_generate(model):
-    return isinstance(model, keras.Model) and hasattr(model, "generate_step")
+def check_can_generate(model, prompts):
+    is_model = isinstance(model, keras.Model)
+    if not is_model or not hasattr(model, "generate_step"):
+        raise ValueError(
+            "`generate` needs a bank on a `keras_hub.models.CausalLM`. "
+            f"Received: a bank on a {type(model).__name__}"
+        )
+    if not isinstance(prompts, (list, dict)):
+        raise ValueError(
+            "`prompts` must be a list of strings or a dict of arrays. "
+            f"Received: prompts of type {type(prompts).__name__}"
+        )

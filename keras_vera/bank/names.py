@@ -45,9 +45,13 @@ def count_examples(x):
     return len(x if _is_texts(x) else tree.flatten(x)[0])
 
 
+def has_preprocessor(model):
+    return getattr(model, "preprocessor", None) is not None
+
+
 def preprocessed(model, x, y=None, sample_weight=None):
     """Returns x, y and weights as `model` itself would be given them."""
-    if getattr(model, "preprocessor", None) is not None:
+    if has_preprocessor(model):
         data = model.preprocess_samples(x, y, sample_weight)
         if not isinstance(data, tuple):
             data = (data,)

@@ -1,43 +1,45 @@
-"""Which adapter of an `AdapterBank` is in which slot, and its folder."""
+"""Which adapter of an `AdapterBank` is in which slot."""
 
 import collections
 import contextlib
+import itertools
 
 import numpy as np
 
 from keras_vera.bank import mix
-from keras_vera.bank.files import Folder
+from keras_vera.bank.register import collected
+from keras_vera.files.format import AdapterFileError
 from keras_vera.product.checks import check_integer
 
 
 class Slots:
     """The adapters of a bank by name: in slots of its model, and in a folder.
 
+    What the folder holds is the bank, whoever has written it: before adapters
+    are used, their files are looked at, and read again if they are others.
+
     Attributes:
-        names: Dict with the names of all adapters, in the order of adding; in
-            a folder, also of what is in no slot.
         files: The `BankFiles`.
         folder: The `Folder`, or `None`.
     """
 
-    def __init__(self, model, files, folder):
+    def __init__(self, model, files, register):
         """
         Args:
             model: A `BankModel`.
             files: A `BankFiles`.
-            folder: String, or `None`.
+            register: The `Register` of what the bank has.
         """
         self._model = model
         self.files = files
-        self.folder = None if folder is None else Folder(folder)
-        # Slots by name, least recently used first; and the classes of each.
+        self._register = register
+        self.folder = register.folder
+        # Slots by name, least recently used first; and of each its classes,
+        # and the version of its file.
         self._slots = collections.OrderedDict()
         self._classes = {}
+        self._versions = {}
         self._free = list(range(self.capacity, 0, -1))
-        names = () if folder is None else self.folder.names()
-        self.names = dict.fromkeys(sorted(names))
-        # What `fit` uses just now, and must stay where it is.
-        self._held = frozenset()
 
     @property
     def capacity(self):
@@ -46,11 +48,11 @@ class Slots:
     @property
     def room(self):
         """How many examples, with any adapters, can be brought at once."""
-        return max(1, self.capacity - len(self._held))
+        return max(1, self.capacity - len(self._register.held))
 
     def add(self, name, classes, like):
         """Adds an adapter that is fresh, or like others; see the bank."""
-        self.check_new(name)
+        self._register.check_new(name)
         if like is not None:
             names = [like] if isinstance(like, str) else list(like)
             self.put(name, *mix.mean(self.read(names), names, classes))
@@ -63,7 +65,7 @@ class Slots:
 
     def combine(self, weights, name, method, head):
         """Adds the combination of adapters; see `keras_vera.combine`."""
-        self.check_new(name)
+        self._register.check_new(name)
         adapters = dict(zip(weights, self.read(list(weights))))
         *adapter, lost = mix.combination(
             self.files, adapters, weights, method, head
@@ -71,35 +73,34 @@ class Slots:
         self.put(name, *adapter)
         return lost
 
-    def put(self, name, arrays, classes):
-        """Adds an adapter that is not in the bank."""
+    def put(self, name, arrays, classes, replace=False):
+        """Adds an adapter; with `replace`, also in the place of another."""
         if self.folder is not None:
-            self.files.write(self.folder.file(name), arrays, classes)
+            content = self.files.encoded(arrays, classes)
+            self._register.add(name, content, replace)
+            return
+        if name in self._slots:
+            self._vacate(name)
         elif not self._free:
             raise ValueError(
                 f"The bank is full, with {self.capacity} adapters. Call "
                 f"`bank.grow(capacity)` or `bank.remove(name)`. Received: "
                 f"name={name!r}"
             )
-        else:
-            self._fill([name], [(arrays, classes)])
-        self.names[name] = None
+        self._fill([name], [(arrays, classes, None)])
+        self._register.add(name)
 
     def remove(self, name):
-        if self.folder is not None:
-            self.folder.remove(name)
-        del self.names[name]
+        self._register.remove(name)
         self._vacate(name)
 
     def rename(self, name, new_name):
-        if self.folder is not None:
-            self.folder.rename(name, new_name)
-        self.names = {
-            new_name if other == name else other: None for other in self.names
-        }
+        self._register.rename(name, new_name)
+        # Of one that others have removed.
+        self._vacate(new_name)
         if name in self._slots:
-            self._slots[new_name] = self._slots.pop(name)
-            self._classes[new_name] = self._classes.pop(name)
+            for table in (self._slots, self._classes, self._versions):
+                table[new_name] = table.pop(name)
 
     def grow(self, capacity):
         old = self.capacity
@@ -115,61 +116,92 @@ class Slots:
 
     def read(self, names):
         """Returns the arrays and the classes of each of some adapters."""
-        self.check_known(names, base=False)
+        self._register.check_known(names, base=False)
         found = []
         for name in names:
             # One by one: there may be more than fit on the device.
-            if self.folder is not None and name not in self._held:
-                found.append(self.files.read(self.folder.file(name)))
+            if self.folder is not None and name not in self._register.held:
+                found.append(self._read_file(name)[:2])
             else:
                 (slot,) = self.bring([name])
                 (arrays,) = self._model.read([slot])
                 found.append((arrays, self._classes[name]))
         return found
 
-    def bring(self, adapters):
+    def bring(self, adapters, errors=None):
         """Returns the slots of adapters, which it brings to the device.
 
         Args:
             adapters: List of names; `None` stands for the base model.
+            errors: Dict, which gets the error of each adapter that cannot be
+                brought, by name; its slot is then that of the base model.
+                Defaults to `None`: the first error is raised.
         """
-        self.check_known(adapters)
-        wanted = dict.fromkeys(name for name in adapters if name is not None)
+        wanted = self._register.check_known(adapters, errors=errors)
         for name in wanted:
             if name in self._slots:
                 self._slots.move_to_end(name)
-        missing = [name for name in wanted if name not in self._slots]
+        missing = [
+            name
+            for name, version in wanted.items()
+            if name not in self._slots or self._versions[name] != version
+        ]
         if missing:
-            if len({*wanted, *self._held}) > self.capacity:
+            if len({*wanted, *self._register.held}) > self.capacity:
                 raise ValueError(
                     f"{len(wanted)} different adapters do not fit into a bank "
                     f"with capacity={self.capacity} at once. Call "
                     "`bank.grow(capacity)`, or use fewer at a time."
                 )
             # All files before any change.
-            adapters_read = [
-                self.files.read(self.folder.file(name)) for name in missing
-            ]
+            read = {}
+            for name in missing:
+                with collected(errors, name):
+                    read[name] = self._read_file(name)
+            for name in read:
+                self._vacate(name)  # What was in the file before.
             leaving = [
                 name
                 for name in self._slots
-                if name not in wanted and name not in self._held
+                if name not in wanted and name not in self._register.held
             ]
-            for name in leaving[: len(missing) - len(self._free)]:
+            for name in leaving[: max(0, len(read) - len(self._free))]:
                 self._vacate(name)
-            self._fill(missing, adapters_read)
-        slots = [0 if name is None else self._slots[name] for name in adapters]
+            if read:
+                self._fill(list(read), list(read.values()))
+        failed = errors or ()
+        slots = [
+            0 if name is None or name in failed else self._slots[name]
+            for name in adapters
+        ]
         return np.array(slots, "int32")
+
+    def _read_file(self, name):
+        while True:
+            try:
+                return self.files.read(self.folder.file(name))
+            except AdapterFileError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+            # Removed just now, or there is another already.
+            self._register.check_known([name])
 
     def have_room_for(self, names):
         """Says whether `names`, or all of the bank (`None`), fit at once."""
-        names = {*self._or_all(names), *self._held} - {None}
+        names = {*self._or_all(names), *self._register.held} - {None}
         return len(names) <= self.capacity
 
     def ids(self, names):
         """Brings adapters to the device; returns their ids by name."""
-        names = list(dict.fromkeys(self._or_all(names)))
-        return {None: 0, **dict(zip(names, self.bring(names).tolist()))}
+        wanted = list(dict.fromkeys(self._or_all(names)))
+        errors = {} if names is None else None
+        ids = dict(zip(wanted, self.bring(wanted, errors).tolist()))
+        for name, error in (errors or {}).items():
+            # Nobody asked for what others have removed just now.
+            if name in self._register:
+                raise error
+            del ids[name]
+        return {None: 0, **ids}
 
     def ids_for_fit(self, data, validation):
         """As `ids`, of all that a training uses.
@@ -181,9 +213,9 @@ class Slots:
         if data.names is None and not self.have_room_for(None):
             raise ValueError(
                 "The slots of a bank stay as they are while `fit` trains, and "
-                f"{len(self.names)} adapters do not fit into capacity="
-                f"{self.capacity}. Pass the names that occur in the dataset "
-                "as `adapters`, or call `bank.grow(capacity)`."
+                f"{len(self._register.names)} adapters do not fit into "
+                f"capacity={self.capacity}. Pass the names that occur in the "
+                "dataset as `adapters`, or call `bank.grow(capacity)`."
             )
         names = self._or_all(data.names)
         # A dataset does not say which names it has. Where not all have room,
@@ -195,7 +227,7 @@ class Slots:
         return self.ids(names)
 
     def _or_all(self, names):
-        return list(self.names) if names is None else names
+        return self._register.names if names is None else names
 
     def by_slot(self):
         """Returns the names of the adapters that are in slots, by slot."""
@@ -218,6 +250,28 @@ class Slots:
             held |= names
         yield slice(start, len(adapters)), size
 
+    def batches(self, data, kwargs):
+        """Yields batches one after the other, each with its own adapters.
+
+        Args:
+            data: The `Examples` or `Batches`.
+            kwargs: Dict of further arguments that were given.
+        """
+        kwargs = dict(kwargs)
+        kwargs.pop("verbose", None)
+        steps = kwargs.pop("steps", None)
+        size = kwargs.pop("batch_size", None) or 32
+        if kwargs:
+            raise ValueError(
+                f"{len(self._register.names)} adapters in a bank with "
+                f"capacity={self.capacity} are used batch by batch, without "
+                f"`{next(iter(kwargs))}`. Name no more adapters than fit, or "
+                "leave it out."
+            )
+        return itertools.islice(
+            data.batches(min(size, self.room), self.bring), steps
+        )
+
     @contextlib.contextmanager
     def training(self, names):
         """Keeps adapters in their slots; afterwards they are in the folder.
@@ -226,69 +280,67 @@ class Slots:
             names: The adapters that the training uses, which are in slots.
         """
         before = self._model.row_steps()
-        self._held = frozenset(names)
+        self._register.held = {name: self._versions[name] for name in names}
         try:
             yield
+            lost = []
             if self.folder is not None:
-                moved = self._model.row_steps() != before
-                for name in sorted(self._held):
-                    # Others were there to be evaluated.
-                    if moved[self._slots[name]]:
-                        self.save(name, self.folder.file(name))
+                steps = self._model.row_steps() - before
+                # Others were there to be evaluated.
+                moved = [n for n in sorted(names) if steps[self._slots[n]]]
+                lost = self._write_trained(moved)
         except BaseException:
             if self.folder is not None:
                 # What the folder holds is the bank.
-                for name in self._held:
+                for name in self._register.held:
                     self._vacate(name)
             raise
         finally:
-            self._held = frozenset()
+            self._register.held = {}
+        if lost:
+            raise AdapterFileError(
+                f"{len(lost)} adapters in '{self.folder.path}' were changed or "
+                f"removed by others while `fit` trained them: {lost[:5]}. They "
+                "stay as the others left them, and what they learned here is "
+                "not kept. All others are trained and written. Train these "
+                "again, from what the folder has now."
+            )
+
+    def _write_trained(self, names):
+        """Writes adapters to the folder; returns those that it has lost."""
+        if not names:
+            return []
+        arrays = self._model.read([self._slots[name] for name in names])
+        contents = {
+            name: self.files.encoded(own, self._classes[name])
+            for name, own in zip(names, arrays)
+        }
+        new = self.folder.update(contents, self._versions)
+        self._versions.update(new)
+        lost = [name for name in names if name not in new]
+        for name in lost:
+            self._vacate(name)
+        return lost
 
     # ---- Slots.
 
     def _fill(self, names, adapters):
         slots = [self._free.pop() for _ in names]
-        arrays, classes = zip(*adapters)
+        arrays, classes, versions = zip(*adapters)
         self._model.write(slots, arrays, list(classes))
         self._slots.update(zip(names, slots))
         self._classes.update(zip(names, classes))
+        self._versions.update(zip(names, versions))
 
     def _vacate(self, name):
         slot = self._slots.pop(name, None)
         if slot is not None:
-            del self._classes[name]
+            del self._classes[name], self._versions[name]
             self._model.set_classes([slot], [0])
             self._free.append(slot)
 
-    # ---- Checks.
-
-    def check_new(self, name):
-        if not isinstance(name, str) or not name:
-            raise ValueError(
-                "`name` must be a string that is not empty. "
-                f"Received: name={name!r}"
-            )
-        if name in self.names:
-            raise ValueError(
-                f"The bank has an adapter named {name!r} already. Call "
-                "`bank.remove(name)` first, or take another name."
-            )
-
-    def check_known(self, adapters, base=True):
-        """Raises for names that are not in the bank; `None` is the base."""
-        unknown = [
-            name
-            for name in dict.fromkeys(adapters)
-            if name not in self.names and not (base and name is None)
-        ]
-        if unknown:
-            shown = ", ".join(map(repr, unknown[:5]))
-            raise ValueError(
-                f"The bank has no adapter named {shown}; it has "
-                f"{len(self.names)}, see `bank.names`."
-            )
-
     def check_not_fitting(self, name=None):
         """Raises inside `fit`, from a callback: for its adapters, or at all."""
-        if self._held and (name is None or name in self._held):
+        held = self._register.held
+        if held and (name is None or name in held):
             raise ValueError("Adapters cannot change while `fit` trains them.")

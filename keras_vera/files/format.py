@@ -2,19 +2,20 @@
 `saved.py` says what is in it."""
 
 import collections
-import contextlib
 import hashlib
 import json
 import math
 import os
-import stat
-import tempfile
 
 import ml_dtypes  # noqa: F401 - lets NumPy know bfloat16.
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_vera.files.disk import AdapterFileError as AdapterFileError
+from keras_vera.files.disk import errors_about
+from keras_vera.files.disk import opened
+from keras_vera.files.disk import write_files
 from keras_vera.product.projection import EXPLICIT
 
 EXTENSION = ".vera.safetensors"
@@ -38,19 +39,13 @@ UNSAVED_DIGITS = 12
 _LAYER_KEYS = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
 _OFFSET = "output_offset"  # Follows these, where it is not 0.
 _VECTOR = "vera_lambda_d"
+_ENTRY_KEYS = ("dtype", "shape", "data_offsets")
+_LARGEST_INDEX = 100_000_000  # As in safetensors.
 _NO_SHA256 = "0" * 64
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Names of safetensors and of NumPy.
 _DTYPES = {f"{k}{8 * n}": f"{k.lower()}{n}" for k in "IU" for n in (1, 2, 4, 8)}
 _DTYPES.update(_FLOATS, F64="float64", BOOL="bool")
-
-
-class AdapterFileError(OSError, ValueError):
-    """An adapter file cannot be read or written, is damaged, or does not fit.
-
-    Whatever is wrong with a file ends in this error; the model and an older
-    file are then as they were.
-    """
 
 
 def check_filepath(filepath):
@@ -90,6 +85,15 @@ def write(filepath, header, tensors):
 
     Args:
         filepath: String, the file to make or to replace.
+        header, tensors: As in `encoded`.
+    """
+    write_files({filepath: encoded(header, tensors)})
+
+
+def encoded(header, tensors):
+    """Returns the bytes of an adapter file.
+
+    Args:
         header: Dict of what JSON can hold.
         tensors: Dict of NumPy arrays by entry name.
     """
@@ -110,41 +114,7 @@ def write(filepath, header, tensors):
     content = safetensors.numpy.save(tensors, metadata=metadata)
     digest = hashlib.sha256(content).hexdigest().encode()
     place = _place_of_sha256(content)
-    content = content[:place] + digest + content[place + len(digest) :]
-    write_files({filepath: content})
-
-
-def write_files(contents):
-    """Writes files, bytes by path; on `AdapterFileError`, none of them."""
-    temporaries = {}
-    try:
-        for filepath, content in contents.items():
-            with errors_about(filepath, "could not be written"):
-                if os.path.isdir(filepath):
-                    raise ValueError("it is a directory.")
-                folder = os.path.dirname(filepath) or "."
-                handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-                temporaries[filepath] = temporary
-                _write_temporary(handle, temporary, content)
-        for filepath in contents:
-            with errors_about(filepath, "could not be written"):
-                os.replace(temporaries[filepath], filepath)
-                del temporaries[filepath]
-    except BaseException:
-        for temporary in temporaries.values():
-            os.unlink(temporary)
-        raise
-
-
-def _write_temporary(handle, temporary, content):
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    # `mkstemp` makes files that only the owner can read.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
+    return content[:place] + digest + content[place + len(digest) :]
 
 
 def read(filepath):
@@ -160,9 +130,18 @@ def read(filepath):
     Raises:
         AdapterFileError: If anything is wrong with the file.
     """
-    header, _ = read_header(filepath)
+    header, tensors, _ = read_version(filepath)
+    return header, tensors
+
+
+def read_version(filepath):
+    """As `read`, and the `Version` of the file, which is opened once."""
+    with errors_about(filepath, "is not an adapter file, or is damaged"):
+        with opened(filepath) as (file, version):
+            header, _ = _header_in(file, version.size)
+            file.seek(0)
+            content = file.read()
     with errors_about(filepath, "is damaged"):
-        content = read_bytes(filepath)
         place = _place_of_sha256(content, header["sha256"])
         blank = _NO_SHA256.encode()
         digest = hashlib.sha256(content[:place])
@@ -170,19 +149,7 @@ def read(filepath):
         digest.update(content[place + len(blank) :])
         if digest.hexdigest() != header["sha256"]:
             raise ValueError("its bytes do not give its SHA-256.")
-        return header, decode(content)
-
-
-def read_bytes(filepath):
-    with _opened(filepath) as file:
-        return file.read()
-
-
-def _opened(filepath):
-    # A pipe would be waited for without end.
-    if not stat.S_ISREG(os.stat(filepath).st_mode):
-        raise ValueError("it is not a regular file.")
-    return open(filepath, "rb")
+        return header, decode(content), version
 
 
 def decode(content):
@@ -219,57 +186,83 @@ def read_header(filepath):
         AdapterFileError: If anything is wrong with what was read.
     """
     with errors_about(filepath, "is not an adapter file, or is damaged"):
-        # Opened here first: safetensors does not say why it cannot.
-        with _opened(filepath) as file:
-            with safetensors.safe_open(filepath, framework="numpy") as content:
-                metadata = content.metadata() or {}
-                slices = {x: content.get_slice(x) for x in content.keys()}
-                entries = {
-                    name: (part.get_dtype(), tuple(part.get_shape()))
-                    for name, part in slices.items()
-                }
-            check_names(file)
-        if _HEADER not in metadata:
-            raise ValueError(
-                "its metadata has no JSON object named 'keras_vera'."
-            )
-        header = parsed(metadata[_HEADER])
-        _check_header(header, entries)
-        paths = sorted(
-            name[: -len(_VECTOR)].rstrip("/")
-            for name in entries
-            if name == _VECTOR or name.endswith("/" + _VECTOR)
-        )
-        _check_layers(header, paths)
-        if not _may_embed(header["layers"]):
-            header.setdefault("embeddings", [])
-        layers = [
-            dict(zip((*_LAYER_KEYS, _OFFSET), [*row, 0]))
-            for row in header["layers"]
-        ]
-        header["layers"] = dict(zip(paths, layers))
+        with opened(filepath) as (file, version):
+            return _header_in(file, version.size)
+
+
+def _header_in(file, size):
+    """Returns what `read_header` does, of an open file of `size` bytes."""
+    entries, metadata = read_index(file, size)
+    if not isinstance(metadata, dict) or _HEADER not in metadata:
+        raise ValueError("its metadata has no JSON object named 'keras_vera'.")
+    header = parsed(metadata[_HEADER])
+    _check_header(header)
+    paths = sorted(
+        name[: -len(_VECTOR)].rstrip("/")
+        for name in entries
+        if name == _VECTOR or name.endswith("/" + _VECTOR)
+    )
+    _check_layers(header, paths)
+    if not _may_embed(header["layers"]):
+        header.setdefault("embeddings", [])
+    layers = [
+        dict(zip((*_LAYER_KEYS, _OFFSET), [*row, 0]))
+        for row in header["layers"]
+    ]
+    header["layers"] = dict(zip(paths, layers))
     return header, entries
 
 
-def check_names(file):
-    """Raises if a name occurs twice in the index of a safetensors file."""
+def read_index(file, size):
+    """Reads the index of a safetensors file, which must tell every byte.
+
+    `safetensors` itself would open the file once more, when it may be another.
+
+    Args:
+        file: What has a `read` method, at its beginning.
+        size: Integer, the bytes of the file.
+
+    Returns:
+        Dict of `(dtype, shape)` by entry name; and the metadata.
+    """
     length = int.from_bytes(file.read(8), "little")
-    parsed(file.read(length))
+    if length > min(size - 8, _LARGEST_INDEX):
+        raise ValueError(f"its index is said to have {length} bytes.")
+    index = parsed(file.read(length))
+    if not isinstance(index, dict):
+        raise ValueError("its index is not a JSON object.")
+    metadata = index.pop("__metadata__", None)
+    parts = [_part(name, entry) for name, entry in index.items()]
+    place = 0
+    for start, end, name in sorted(parts):
+        if start != place:
+            raise ValueError(f"'{name}' does not begin where another ends.")
+        place = end
+    if place != size - 8 - length:
+        raise ValueError(
+            f"its entries have {place} bytes, and it has {size - 8 - length}."
+        )
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]))
+        for name, entry in index.items()
+    }, metadata
 
 
-@contextlib.contextmanager
-def errors_about(filepath, what):
-    """Turns what goes wrong inside into an error that names the file."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        safetensors.SafetensorError,
-    ) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AdapterFileError(f"'{filepath}' {what}: {reason}") from error
+def _part(name, entry):
+    """Returns where an entry begins and ends, and its name."""
+    if isinstance(entry, dict) and sorted(entry) == sorted(_ENTRY_KEYS):
+        dtype, shape, offsets = (entry[key] for key in _ENTRY_KEYS)
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise ValueError(f"'{name}' has dtype {dtype}.")
+        if all(
+            isinstance(numbers, list)
+            and all(type(x) is int and x >= 0 for x in numbers)
+            for numbers in (shape, offsets)
+        ):
+            size = np.dtype(_DTYPES[dtype]).itemsize * math.prod(shape)
+            if len(offsets) == 2 and offsets[1] - offsets[0] == size:
+                return *offsets, name
+    raise ValueError(f"its index describes '{name}' as {entry!r}.")
 
 
 def parsed(text):
@@ -287,7 +280,7 @@ def parsed(text):
     return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
 
 
-def _check_header(header, entries):
+def _check_header(header):
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object.")
     if header.get("format_version") != FORMAT_VERSION:
@@ -319,9 +312,6 @@ def _check_header(header, entries):
         for x in unsaved
     ):
         raise ValueError(f"its header has unsaved={unsaved!r}.")
-    for name, (dtype, _) in entries.items():
-        if dtype not in _DTYPES:
-            raise ValueError(f"'{name}' has dtype {dtype}.")
 
 
 def _check_layers(header, paths):

@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 
-from keras_vera.files.format import AdapterFileError
-from keras_vera.files.format import check_names
+from keras_vera.files.disk import AdapterFileError
+from keras_vera.files.disk import errors_about
+from keras_vera.files.disk import read_bytes
 from keras_vera.files.format import decode
-from keras_vera.files.format import errors_about
 from keras_vera.files.format import parsed
-from keras_vera.files.format import read_bytes
+from keras_vera.files.format import read_index
 from keras_vera.layers import _base_scope
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
@@ -213,7 +213,7 @@ def _read_weights(filepath):
     with errors_about(filepath, "is not the file of a PEFT adapter"):
         content = read_bytes(filepath)
         tensors = decode(content)
-        check_names(io.BytesIO(content))
+        read_index(io.BytesIO(content), len(content))
         for name, array in tensors.items():
             if array.dtype != "float32":
                 raise ValueError(f"'{name}' has dtype {array.dtype}.")

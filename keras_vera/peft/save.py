@@ -9,8 +9,8 @@ import safetensors.numpy
 from keras import ops
 
 from keras_vera import _keras
-from keras_vera.files.format import errors_about
-from keras_vera.files.format import write_files
+from keras_vera.files.disk import errors_about
+from keras_vera.files.disk import write_files
 from keras_vera.layers import _base_scope
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.model import adaptation
