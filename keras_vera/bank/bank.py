@@ -2,6 +2,7 @@ import itertools
 import os
 import threading
 
+import keras
 import numpy as np
 from keras import ops
 from keras import tree
@@ -13,7 +14,8 @@ from keras_vera.bank.data import data_of
 from keras_vera.bank.data import validation_of
 from keras_vera.bank.files import BankFiles
 from keras_vera.bank.generate import Generator
-from keras_vera.bank.generate import can_generate
+from keras_vera.bank.generate import check_generates
+from keras_vera.bank.generate import padded_prompts
 from keras_vera.bank.model import BankModel
 from keras_vera.bank.names import count_examples
 from keras_vera.bank.names import names_of
@@ -85,12 +87,15 @@ class AdapterBank:
 
     def __init__(self, model, capacity, folder=None):
         capacity = check_integer("capacity", capacity, 1)
+        if isinstance(model, keras.Layer):
+            _keras.check_all_here("AdapterBank", model.variables)
         self._files = BankFiles(model)
         self._base = model
         files = self._files
-        self.model = BankModel(
-            model, files.variables, files.fresh, files.layers, capacity
-        )
+        with _keras.strategy_scope(model):
+            self.model = BankModel(
+                model, files.variables, files.fresh, files.layers, capacity
+            )
         self.model.set_classes([0], [files.classes])
         folder = None if folder is None else os.fspath(folder)
         self._slots = Slots(self.model, files, folder)
@@ -243,7 +248,8 @@ class AdapterBank:
         data = data_of(self._base, x, adapters=adapters, has_targets=False)
         with self._lock:
             if isinstance(data, Batches):
-                if self._slots.have_room_for(data.names):
+                is_cut = _keras.batch_divisor() > 1
+                if not is_cut and self._slots.have_room_for(data.names):
                     x, *_ = data.joined(self._slots.ids(data.names))
                     return self.model.predict(x, **kwargs)
                 batches = self._batches(data, kwargs)
@@ -277,7 +283,8 @@ class AdapterBank:
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
         with self._lock:
-            if self._slots.have_room_for(data.names):
+            is_divided = data.is_divided(kwargs.get("batch_size"))
+            if is_divided and self._slots.have_room_for(data.names):
                 x, y, sample_weight = data.joined(self._slots.ids(data.names))
                 return self.model.evaluate(
                     x, y, sample_weight=sample_weight, **kwargs
@@ -355,22 +362,14 @@ class AdapterBank:
         Returns:
             As `CausalLM.generate`.
         """
-        if not can_generate(self._base):
-            raise ValueError(
-                "`generate` needs a bank on a `keras_hub.models.CausalLM`. "
-                f"Received: a bank on a {type(self._base).__name__}"
-            )
-        if not isinstance(prompts, (list, dict)):
-            raise ValueError(
-                "`prompts` must be a list of strings or a dict of arrays. "
-                f"Received: prompts of type {type(prompts).__name__}"
-            )
+        check_generates(self._base, prompts)
         adapters = names_of(adapters, count_examples(prompts))
+        prompts, adapters, cut = padded_prompts(prompts, adapters)
         with self._lock:
             self.model.check_base()
             _keras.synchronize(self.model)
             rows = self.model.rows(self._slots.bring(adapters))
-            return self._generator.generate(rows, prompts, **kwargs)
+            return cut(self._generator.generate(rows, prompts, **kwargs))
 
     def _combine(self, weights, name, method, head):
         """Adds the combination of adapters; see `keras_vera.combine`."""
@@ -385,10 +384,9 @@ class AdapterBank:
         size = kwargs.pop("batch_size", None) or 32
         if kwargs:
             raise ValueError(
-                f"{len(self)} adapters in a bank with capacity="
-                f"{self.capacity} are used batch by batch, without "
-                f"`{next(iter(kwargs))}`. Name no more adapters than fit, or "
-                "leave it out."
+                f"More adapters than capacity={self.capacity}, or batches that "
+                "`keras.distribution` cannot cut, are used batch by batch, "
+                f"without `{next(iter(kwargs))}`. Leave it out."
             )
         size = min(size, self._slots.room)
         return itertools.islice(data.batches(size, self._slots.bring), steps)

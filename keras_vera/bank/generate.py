@@ -3,6 +3,7 @@
 import functools
 
 import keras
+import numpy as np
 
 from keras_vera import _keras
 from keras_vera.layers._mixed_batch import mixed_batch
@@ -82,5 +83,42 @@ def _class_with_rows(plain_class):
     return type(plain_class.__name__, (_WithRows, plain_class), {})
 
 
-def can_generate(model):
-    return isinstance(model, keras.Model) and hasattr(model, "generate_step")
+def check_generates(model, prompts):
+    """Raises unless a model generates, and takes such prompts."""
+    is_model = isinstance(model, keras.Model)
+    if not (is_model and hasattr(model, "generate_step")):
+        raise ValueError(
+            "`generate` needs a bank on a `keras_hub.models.CausalLM`. "
+            f"Received: a bank on a {type(model).__name__}"
+        )
+    if not isinstance(prompts, (list, dict)):
+        raise ValueError(
+            "`prompts` must be a list of strings or a dict of arrays. "
+            f"Received: prompts of type {type(prompts).__name__}"
+        )
+
+
+def padded_prompts(prompts, adapters):
+    """Adds prompts for the base until `keras.distribution` can cut them.
+
+    Returns:
+        The prompts and the names, and a function that takes what is generated
+        and removes what is too much.
+    """
+    count = len(adapters)
+    missing = -count % _keras.batch_divisor()
+    if not missing:
+        return prompts, adapters, lambda outputs: outputs
+    adapters = [*adapters, *[None] * missing]
+    if isinstance(prompts, list):
+        prompts = [*prompts, *prompts[:1] * missing]
+        return prompts, adapters, lambda outputs: outputs[:count]
+    prompts = keras.tree.map_structure(
+        lambda v: np.concatenate([v, np.repeat(v[:1], missing, axis=0)]),
+        keras.tree.map_structure(keras.ops.convert_to_numpy, prompts),
+    )
+    return (
+        prompts,
+        adapters,
+        lambda outputs: keras.tree.map_structure(lambda v: v[:count], outputs),
+    )

@@ -3,6 +3,8 @@ import hashlib
 import numpy as np
 from keras import ops
 
+from keras_vera import _keras
+
 _SAMPLES = 1024
 
 
@@ -23,8 +25,6 @@ def kernel_fingerprint(kernel):
     count = min(size, _SAMPLES)
     # In integers: rounding must not decide which entries are meant.
     indices = np.arange(count) * (size - 1) // max(count - 1, 1)
-    sample = ops.convert_to_numpy(
-        ops.take(flat, indices.astype("int32"), axis=0)
-    )
+    sample = _keras.to_numpy(ops.take(flat, indices.astype("int32"), axis=0))
     sample = np.ascontiguousarray(sample.astype("<f4"))
     return hashlib.sha256(sample).hexdigest()[:16]

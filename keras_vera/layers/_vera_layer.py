@@ -124,6 +124,8 @@ class VeRALayer:
         contraction = self._make_contraction()
         projection.register(self)
         with _keras.strategy_scope(self), _keras.new_state_allowed(self):
+            _keras.check_layout(f"{self.path}/vera_lambda_d", (rank,))
+            _keras.check_layout(f"{self.path}/vera_lambda_b", (contraction.n,))
             projection.reserve(contraction.m, contraction.n)
             self._vera_layout = Layout(
                 contraction, projection.structure_of(contraction, rank)
@@ -272,6 +274,7 @@ class VeRALayer:
         return rows
 
     def _vectors(self):
+        _keras.check_made_here(self.vera_lambda_b, self)
         return (
             ops.convert_to_tensor(self.vera_lambda_d),
             ops.convert_to_tensor(self.vera_lambda_b),

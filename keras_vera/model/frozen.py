@@ -11,8 +11,6 @@ import functools
 import inspect
 import warnings
 
-from keras import ops
-
 from keras_vera import _keras
 from keras_vera.layers._in_place import class_like
 from keras_vera.layers._kinds import kind_of
@@ -107,7 +105,7 @@ class FrozenBase:
 
     def note(self, variable):
         """Takes the value of a variable as the one that the base has."""
-        value = ops.convert_to_numpy(variable).copy()
+        value = _keras.to_numpy(variable).copy()
         self._values[id(variable)] = variable, value
 
     def is_state(self, variable):
@@ -240,7 +238,7 @@ def _own_state(layer):
 
 
 def _is_same(variable, value):
-    return ops.convert_to_numpy(variable).tobytes() == value.tobytes()
+    return _keras.to_numpy(variable).tobytes() == value.tobytes()
 
 
 class _Guarded:
