@@ -79,3 +79,6 @@ from keras_vera._keras.values import reading_place as reading_place
 from keras_vera._keras.values import stored_value as stored_value
 from keras_vera._keras.values import synchronize as synchronize
 from keras_vera._keras.values import values_kept as values_kept
+from keras_vera._keras.wrappers import check_not_sharded as check_not_sharded
+from keras_vera._keras.wrappers import check_not_wrapped as check_not_wrapped
+from keras_vera._keras.wrappers import names_without as names_without

@@ -118,6 +118,13 @@ class BankModel(keras.Model):
         trained = {id(v) for v in self.trainable_variables}
         return [v for v in self.weights if id(v) not in trained]
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self):
+        # `DistributedDataParallel` waits for the gradient of all that could
+        # train, and the adapter of `base` is none of the bank's.
+        kept = {id(v.value) for v in self.trainable_variables}
+        return _keras.names_without(self, kept)
+
     # ---- The forward pass.
 
     def call(self, inputs, training=None):

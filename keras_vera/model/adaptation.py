@@ -133,6 +133,7 @@ def check_model(model):
             "elsewhere. Make the model in the `scope()` that is active now "
             "(or after `set_distribution`), or adapt it outside of it."
         )
+    _keras.check_not_wrapped(model)
     layers = _keras.flatten_layers(model)
     if any(is_adapted(layer) for layer in layers):
         raise ValueError(
