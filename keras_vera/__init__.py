@@ -10,6 +10,7 @@ from keras_vera.files.adapter import save_adapter as save_adapter
 from keras_vera.files.combine import combine as combine
 from keras_vera.files.format import AdapterFileError as AdapterFileError
 from keras_vera.files.upload import upload_adapter as upload_adapter
+from keras_vera.layouts import layout_map as layout_map
 from keras_vera.model.enable import base_model as base_model
 from keras_vera.model.enable import disable_vera as disable_vera
 from keras_vera.model.enable import enable_vera as enable_vera
@@ -32,6 +33,7 @@ __all__ = [
     "disable_vera",
     "enable_vera",
     "layers",
+    "layout_map",
     "load_adapter",
     "load_peft_adapter",
     "merge",

@@ -14,9 +14,15 @@ from keras_vera._keras.data import comparison as comparison
 from keras_vera._keras.data import data_kind as data_kind
 from keras_vera._keras.data import numpy_batches as numpy_batches
 from keras_vera._keras.data import split_validation as split_validation
+from keras_vera._keras.devices import VariableOfParts as VariableOfParts
+from keras_vera._keras.devices import batch_divisor as batch_divisor
+from keras_vera._keras.devices import check_layout as check_layout
+from keras_vera._keras.devices import check_made_here as check_made_here
 from keras_vera._keras.devices import (
     is_in_other_strategy as is_in_other_strategy,
 )
+from keras_vera._keras.devices import on_one_device as on_one_device
+from keras_vera._keras.devices import placed as placed
 from keras_vera._keras.devices import strategy_of as strategy_of
 from keras_vera._keras.devices import strategy_scope as strategy_scope
 from keras_vera._keras.files import hidden_array as hidden_array
@@ -39,10 +45,14 @@ from keras_vera._keras.models import COMPILED as COMPILED
 from keras_vera._keras.models import living_models as living_models
 from keras_vera._keras.models import remember_model as remember_model
 from keras_vera._keras.models import reset_compiled as reset_compiled
+from keras_vera._keras.optimizers import in_any_replica as in_any_replica
 from keras_vera._keras.optimizers import named_in_files as named_in_files
 from keras_vera._keras.optimizers import (
     update_variables_one_by_one as update_variables_one_by_one,
 )
+from keras_vera._keras.processes import check_all_here as check_all_here
+from keras_vera._keras.processes import cut_over_processes as cut_over_processes
+from keras_vera._keras.processes import to_numpy as to_numpy
 from keras_vera._keras.structure import (
     draws_random_numbers as draws_random_numbers,
 )
@@ -62,6 +72,7 @@ from keras_vera._keras.values import as_value as as_value
 from keras_vera._keras.values import can_assign_traced as can_assign_traced
 from keras_vera._keras.values import has_read_since as has_read_since
 from keras_vera._keras.values import has_trained_since as has_trained_since
+from keras_vera._keras.values import is_lost as is_lost
 from keras_vera._keras.values import is_read_at as is_read_at
 from keras_vera._keras.values import is_traced as is_traced
 from keras_vera._keras.values import reading_mark as reading_mark
@@ -69,3 +80,6 @@ from keras_vera._keras.values import reading_place as reading_place
 from keras_vera._keras.values import stored_value as stored_value
 from keras_vera._keras.values import synchronize as synchronize
 from keras_vera._keras.values import values_kept as values_kept
+from keras_vera._keras.wrappers import check_not_sharded as check_not_sharded
+from keras_vera._keras.wrappers import check_not_wrapped as check_not_wrapped
+from keras_vera._keras.wrappers import names_without as names_without

@@ -1,13 +1,16 @@
 """Where variables are, of several devices."""
 
 import contextlib
+from types import SimpleNamespace
 
 import keras
+
+_BACKEND = keras.backend.backend()
 
 
 def strategy_of(layer):
     """Returns the `tf.distribute` strategy that made a layer, or `None`."""
-    if keras.backend.backend() != "tensorflow" or not layer.variables:
+    if _BACKEND != "tensorflow" or not layer.variables:
         return None
     variable = layer.variables[0].value
     strategy = getattr(variable, "distribute_strategy", None)
@@ -17,18 +20,191 @@ def strategy_of(layer):
 
 
 def strategy_scope(layer):
-    """Makes variables where those of `layer` are, as TensorFlow demands."""
+    """Makes variables where those of `layer` are.
+
+    TensorFlow demands it. On JAX, whoever has left the scope of a distribution
+    gets variables on one device alone, which no compiled function takes beside
+    those of the layer: they are made on all of its devices, as a whole.
+    """
     strategy = strategy_of(layer)
-    return contextlib.nullcontext() if strategy is None else strategy.scope()
+    if strategy is not None:
+        return strategy.scope()
+    if _BACKEND == "jax" and keras.distribution.distribution() is None:
+        devices = _several_devices_of(layer)
+        if devices:
+            return keras.distribution.DataParallel(devices=devices).scope()
+    return contextlib.nullcontext()
 
 
 def is_in_other_strategy(layer):
-    """Says whether `tf.distribute` is active, but not for this layer."""
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
+    """Says whether a distribution is active that did not make this layer."""
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
 
-    return (
-        tf.distribute.has_strategy()
-        and tf.distribute.get_strategy() is not strategy_of(layer)
+        return (
+            tf.distribute.has_strategy()
+            and tf.distribute.get_strategy() is not strategy_of(layer)
+        )
+    if _BACKEND != "jax" or keras.distribution.distribution() is None:
+        return False
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    here = set(mesh.devices.flat)
+    return any(value.sharding.device_set != here for value in _arrays_of(layer))
+
+
+def check_made_here(variable, owner):
+    """Raises for a variable that is older than the distribution it is used in.
+
+    Relies on `_layout`, which Keras sets where a distribution is active.
+    """
+    if _BACKEND != "jax" or variable._layout is not None:
+        return
+    distribution = keras.distribution.distribution()
+    if distribution is not None and distribution.device_mesh.devices.size > 1:
+        raise ValueError(
+            f"Layer '{owner.name}' is used with the distribution "
+            f"{distribution!r}, but was made and adapted without it, on one "
+            "device. Call `keras.distribution.set_distribution(...)` first, "
+            "or make the model, call `enable_vera` and train in "
+            "`with distribution.scope():`."
+        )
+
+
+def check_layout(path, shape):
+    """Raises if a variable cannot have the layout that a `LayoutMap` says.
+
+    Args:
+        path: String, the path of a variable that is to be made.
+        shape: Tuple of integers.
+    """
+    distribution = keras.distribution.distribution()
+    if _BACKEND == "jax" and distribution is not None:
+        stand_in = SimpleNamespace(path=path, shape=shape, _layout=None)
+        _check_layout(path, shape, distribution.get_variable_layout(stand_in))
+
+
+def _check_layout(path, shape, layout):
+    # A layout of JAX itself has no axes by name.
+    axes = getattr(layout, "axes", ())
+    sizes = {}
+    if layout is not None and getattr(layout, "device_mesh", None) is not None:
+        mesh = layout.device_mesh
+        sizes = dict(zip(mesh.axis_names, mesh.shape))
+    problem = None
+    if len(axes) > len(shape):
+        problem = f"has {len(axes)} axes, but the variable has {len(shape)}"
+    else:
+        for size, axis in zip(shape, axes):
+            parts = sizes.get(axis, 1)
+            if size % parts:
+                problem = (
+                    f"cuts {size} numbers into {parts} parts, which does not "
+                    "divide"
+                )
+    if problem is not None:
+        raise ValueError(
+            f"The layout of '{path}' in the `LayoutMap` {problem}. Received: "
+            f"{tuple(axes)} for a variable of shape {tuple(shape)}, on a mesh "
+            f"of {sizes}. Name an axis of the mesh, or `None`, for each axis "
+            "of the variable; `keras_vera.layout_map` makes layouts that fit."
+        )
+
+
+class VariableOfParts(keras.Variable):
+    """A variable whose initializer can make any part of it alone.
+
+    Its initializer is called as others are, or has its method `part` called
+    with a tuple of slices, one for each axis, and returns a NumPy array. On
+    JAX, where a distribution shards the variable, no more of it is made in a
+    process than its devices hold, one part after the other. (Keras would
+    compile the initializer, with all numbers in the program.)
+
+    Relies on `_initialize_layout` and `_initialize_with_initializer`.
+    """
+
+    def _initialize_with_initializer(self, initializer):
+        if _BACKEND == "jax":
+            self._initialize_layout()
+            if self._layout is not None:
+                _check_layout(self.path, self._shape, self._layout)
+                layout = getattr(self._layout, "backend_layout", self._layout)
+                self._value = _array_of_parts(
+                    initializer.part, self._shape, self._dtype, layout
+                )
+                return
+        super()._initialize_with_initializer(initializer)
+
+
+def placed(variable, value):
+    """Returns a whole value, such as an array, where a variable has its own.
+
+    No process has to wait for others.
+    """
+    layout = getattr(variable, "_layout", None)
+    if _BACKEND != "jax" or layout is None:
+        return value
+    layout = getattr(layout, "backend_layout", layout)
+    return _array_of_parts(
+        lambda index: value[index], value.shape, value.dtype, layout
     )
+
+
+def _array_of_parts(part, shape, dtype, sharding):
+    import jax
+
+    devices_of = {}
+    where = sharding.addressable_devices_indices_map(tuple(shape))
+    for device, index in where.items():
+        bounds = tuple(
+            axis.indices(size)[:2] for axis, size in zip(index, shape)
+        )
+        devices_of.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in devices_of.items():
+        array = part(tuple(slice(*ends) for ends in bounds)).astype(dtype)
+        arrays += [jax.device_put(array, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(
+        tuple(shape), sharding, arrays
+    )
+
+
+def _several_devices_of(layer):
+    """Returns the devices of the first sharded variable, in their order."""
+    from jax.sharding import NamedSharding
+
+    for value in _arrays_of(layer):
+        sharding = value.sharding
+        if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
+            return list(sharding.mesh.devices.flat)
+    return None
+
+
+def _arrays_of(layer):
+    # In a step of Keras' trainer, variables have no values.
+    values = [variable._value for variable in layer.variables]
+    return [x for x in values if hasattr(x, "sharding")]
+
+
+@contextlib.contextmanager
+def on_one_device():
+    """Makes variables on one device, whatever distribution is active."""
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
+
+
+def batch_divisor():
+    """Returns what divides the examples of a batch in this process.
+
+    `keras.distribution` cuts a batch into as many parts; TensorFlow and
+    PyTorch take parts of different sizes.
+    """
+    distribution = keras.distribution.distribution()
+    if _BACKEND != "jax" or distribution is None:
+        return 1
+    mesh = distribution.device_mesh
+    parts = dict(zip(mesh.axis_names, mesh.shape))[distribution.batch_dim_name]
+    return max(1, parts // distribution.num_processes)

@@ -36,6 +36,25 @@ def named_in_files(plain_name):
     return register
 
 
+def in_any_replica(mask):
+    """Returns where a mask is true in any replica of `tf.distribute`.
+
+    Gradients are those of one replica until the optimizer sums them up.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return mask
+    import tensorflow as tf
+
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return mask
+    # In floats, which every kind of device can sum up.
+    counts = replica.all_reduce(
+        tf.distribute.ReduceOp.SUM, tf.cast(mask, "float32")
+    )
+    return counts > 0
+
+
 def _allow_that_nothing_decays():
     """Lets optimizers exclude all that trains from weight decay.
 

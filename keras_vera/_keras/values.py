@@ -4,8 +4,11 @@ import contextlib
 import sys
 
 import keras
+import numpy as np
 from keras.src import backend
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+from keras_vera._keras.devices import placed
 
 
 def synchronize(model):
@@ -73,16 +76,20 @@ def reading_place():
             return tf.compat.v1.get_default_graph()
         return True if in_stateless_scope() else None
     if keras.backend.backend() == "jax":
-        # Keras' `jax.core` has no name for it.
-        from jax._src.core import trace_state_clean
-
         is_alone = (
-            in_stateless_scope()
-            or not trace_state_clean()
-            or _is_in_step_of_jax()
+            in_stateless_scope() or _is_tracing_jax() or _is_in_step_of_jax()
         )
         return True if is_alone else None
     return True
+
+
+def _is_tracing_jax():
+    if keras.backend.backend() != "jax":
+        return False
+    # `jax.core` has no name for it.
+    from jax._src.core import trace_state_clean
+
+    return not trace_state_clean()
 
 
 def _is_in_step_of_jax():
@@ -180,8 +187,15 @@ def stored_value(variable):
 
 def as_value(variable, array):
     """Returns an array in the form that `variable.value` has."""
+    if not _is_tracing_jax():
+        array = placed(variable, np.asarray(array))
     tensor = backend.convert_to_tensor(array, dtype=variable._dtype)
     return variable._maybe_autocast(tensor)
+
+
+def is_lost(variable):
+    """Says whether a variable has no value, after a call on JAX failed."""
+    return variable._value is None
 
 
 def can_assign_traced():

@@ -1,6 +1,7 @@
 import os
 import threading
 
+import keras
 import numpy as np
 from keras import ops
 from keras import tree
@@ -14,6 +15,7 @@ from keras_vera.bank.data import validation_of
 from keras_vera.bank.files import BankFiles
 from keras_vera.bank.generate import Generator
 from keras_vera.bank.generate import check_can_generate
+from keras_vera.bank.generate import padded_prompts
 from keras_vera.bank.model import BankModel
 from keras_vera.bank.names import count_examples
 from keras_vera.bank.names import names_of
@@ -87,12 +89,15 @@ class AdapterBank:
 
     def __init__(self, model, capacity, folder=None):
         capacity = check_integer("capacity", capacity, 1)
+        if isinstance(model, keras.Layer):
+            _keras.check_all_here("AdapterBank", model.variables)
         self._files = BankFiles(model)
         self._base = model
         files = self._files
-        self.model = BankModel(
-            model, files.variables, files.fresh, files.layers, capacity
-        )
+        with _keras.strategy_scope(model):
+            self.model = BankModel(
+                model, files.variables, files.fresh, files.layers, capacity
+            )
         self.model.set_classes([0], [files.classes])
         folder = None if folder is None else os.fspath(folder)
         self._register = Register(folder)
@@ -259,7 +264,8 @@ class AdapterBank:
         data = data_of(self._base, x, adapters=adapters, has_targets=False)
         with self._lock:
             if isinstance(data, Batches):
-                if self._slots.have_room_for(data.names):
+                is_cut = _keras.batch_divisor() > 1
+                if not is_cut and self._slots.have_room_for(data.names):
                     x, *_ = data.joined(self._slots.ids(data.names))
                     return self.model.predict(x, **kwargs)
                 outputs = [
@@ -303,7 +309,8 @@ class AdapterBank:
         data = data_of(self._base, x, y, sample_weight, adapters)
         data.check_targets(self.model)
         with self._lock:
-            if self._slots.have_room_for(data.names):
+            is_divided = data.is_divided(kwargs.get("batch_size"))
+            if is_divided and self._slots.have_room_for(data.names):
                 x, y, sample_weight = data.joined(self._slots.ids(data.names))
                 return self.model.evaluate(
                     x, y, sample_weight=sample_weight, **kwargs
@@ -390,14 +397,16 @@ class AdapterBank:
         refused, unread = {}, {} if return_exceptions else None
         if return_exceptions:
             prompts, refused = rows.readable_prompts(self._base, prompts)
-        adapters = names_of(adapters, count_examples(prompts))
+        names = names_of(adapters, count_examples(prompts))
+        padded, padded_names, cut = padded_prompts(prompts, names)
         with self._lock:
             self.model.check_base()
             _keras.synchronize(self.model)
-            vectors = self.model.rows(self._slots.bring(adapters, unread))
-            outputs = self._generator.generate(vectors, prompts, **kwargs)
+            vectors = self.model.rows(self._slots.bring(padded_names, unread))
+            outputs = self._generator.generate(vectors, padded, **kwargs)
+        outputs = cut(outputs)
         if return_exceptions:
-            return rows.answers(outputs, adapters, refused, unread)
+            return rows.answers(outputs, names, refused, unread)
         return outputs
 
     def _combine(self, weights, name, method, head):

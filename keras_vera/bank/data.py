@@ -8,6 +8,7 @@ from keras import tree
 
 from keras_vera.bank.batches import NamedBatches
 from keras_vera.bank.batches import is_dataset
+from keras_vera.bank.divided import is_divided
 from keras_vera.bank.ids import has_ids
 from keras_vera.bank.ids import join_ids
 from keras_vera.bank.names import as_numpy
@@ -42,6 +43,10 @@ class Examples:
         found = np.array([ids[name] for name in self.names], "int32")
         return join_ids(self.x, found), self.y, self.sample_weight
 
+    def is_divided(self, batch_size):
+        """Says whether `keras.distribution` can cut all batches."""
+        return is_divided(len(self.names), batch_size)
+
     def part(self, part, ids_of):
         """As `joined`, of a slice; `ids_of` takes a list of names."""
         x, y, sample_weight = tree.map_structure(
@@ -73,6 +78,10 @@ class Batches:
 
     def check_targets(self, model, argument=None):
         """Batches are checked when they are read."""
+
+    def is_divided(self, batch_size):
+        # Of a dataset, nobody knows.
+        return is_divided(1, 1)
 
     def joined(self, ids):
         named = NamedBatches(ids, self.model, self.has_targets)

@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vera import _keras
 from keras_vera.bank import heads as bank_heads
@@ -63,7 +62,7 @@ class BankFiles:
                 _check_head(layer, own)
                 both = [names[id(v)] for v in own]
                 for name, variable in zip(both, own):
-                    self.fresh[name] = np.array(ops.convert_to_numpy(variable))
+                    self.fresh[name] = np.array(_keras.to_numpy(variable))
                 self.layers[layer] = [*both, None, None][:2]
         for head in heads:
             bank_heads.make_head(head)

@@ -3,6 +3,7 @@
 import functools
 
 import keras
+import numpy as np
 
 from keras_vera import _keras
 from keras_vera.layers._mixed_batch import mixed_batch
@@ -84,7 +85,7 @@ def _class_with_rows(plain_class):
 
 def check_can_generate(model, prompts):
     is_model = isinstance(model, keras.Model)
-    if not is_model or not hasattr(model, "generate_step"):
+    if not (is_model and hasattr(model, "generate_step")):
         raise ValueError(
             "`generate` needs a bank on a `keras_hub.models.CausalLM`. "
             f"Received: a bank on a {type(model).__name__}"
@@ -94,3 +95,29 @@ def check_can_generate(model, prompts):
             "`prompts` must be a list of strings or a dict of arrays. "
             f"Received: prompts of type {type(prompts).__name__}"
         )
+
+
+def padded_prompts(prompts, adapters):
+    """Adds prompts for the base until `keras.distribution` can cut them.
+
+    Returns:
+        The prompts and the names, and a function that takes what is generated
+        and removes what is too much.
+    """
+    count = len(adapters)
+    missing = -count % _keras.batch_divisor()
+    if not missing:
+        return prompts, adapters, lambda outputs: outputs
+    adapters = [*adapters, *[None] * missing]
+    if isinstance(prompts, list):
+        prompts = [*prompts, *prompts[:1] * missing]
+        return prompts, adapters, lambda outputs: outputs[:count]
+    prompts = keras.tree.map_structure(
+        lambda v: np.concatenate([v, np.repeat(v[:1], missing, axis=0)]),
+        keras.tree.map_structure(keras.ops.convert_to_numpy, prompts),
+    )
+    return (
+        prompts,
+        adapters,
+        lambda outputs: keras.tree.map_structure(lambda v: v[:count], outputs),
+    )

@@ -1,8 +1,8 @@
 """Adapters that are made of others in an `AdapterBank`."""
 
 import numpy as np
-from keras import ops
 
+from keras_vera import _keras
 from keras_vera.files.combined import combined
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.product.projection import EXPLICIT
@@ -57,7 +57,7 @@ def combination(files, adapters, weights, method, head):
     matrices = None
     if projection.structure == EXPLICIT:
         both = projection.vera_kernel_a, projection.vera_kernel_b
-        matrices = [ops.convert_to_numpy(x) for x in both]
+        matrices = [_keras.to_numpy(x) for x in both]
     tensors = {name: arrays for name, (arrays, _) in adapters.items()}
     header, arrays, lost = combined(
         files.header, tensors, weights, method, head, matrices

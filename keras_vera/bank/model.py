@@ -1,16 +1,20 @@
 """The Keras model of an `AdapterBank`, with an adapter for each example."""
 
 import contextlib
-import dataclasses
 import json
 from types import MappingProxyType
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_vera import _keras
+from keras_vera.bank.checks import Validation
+from keras_vera.bank.checks import check_callbacks
+from keras_vera.bank.divided import check_divided
+from keras_vera.bank.divided import divided_size
+from keras_vera.bank.divided import is_arrays
+from keras_vera.bank.divided import padded_inputs
 from keras_vera.bank.ids import IDS
 from keras_vera.bank.ids import ids_in
 from keras_vera.bank.ids import nan_unless
@@ -25,23 +29,6 @@ from keras_vera.bank.stacks import new_stack
 from keras_vera.bank.stacks import padded
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._mixed_batch import mixed_batch
-
-
-@dataclasses.dataclass
-class Validation:
-    """What a running `fit` validates with; see `keras.Model.fit`."""
-
-    data: Any
-    batch_size: int | None
-    steps: int | None
-    # After how many epochs, or after which ones.
-    frequency: int | list = 1
-
-    def is_due(self, epoch):
-        """Says whether `fit` validates after an epoch, counted from 0."""
-        if isinstance(self.frequency, int):
-            return (epoch + 1) % self.frequency == 0
-        return epoch + 1 in self.frequency
 
 
 class BankModel(keras.Model):
@@ -91,7 +78,13 @@ class BankModel(keras.Model):
         )
         # How many examples of compiled functions had no adapter.
         self._strays = keras.Variable(
-            0, dtype="int32", trainable=False, name="strays"
+            0,
+            dtype="int32",
+            trainable=False,
+            # Those of all replicas of `tf.distribute` together.
+            aggregation="sum",
+            synchronization="on_read",
+            name="strays",
         )
         self._stacks = {
             name: new_stack(name, variable, fresh[name], slots)
@@ -124,6 +117,13 @@ class BankModel(keras.Model):
     def non_trainable_weights(self):
         trained = {id(v) for v in self.trainable_variables}
         return [v for v in self.weights if id(v) not in trained]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self):
+        # `DistributedDataParallel` waits for the gradient of all that could
+        # train, and the adapter of `base` is none of the bank's.
+        kept = {id(v.value) for v in self.trainable_variables}
+        return _keras.names_without(self, kept)
 
     # ---- The forward pass.
 
@@ -188,7 +188,7 @@ class BankModel(keras.Model):
 
     def fit(self, *args, **kwargs):
         given = _keras.bound_arguments(super().fit, args, kwargs)
-        _check_callbacks(given.get("callbacks"))
+        check_callbacks(given.get("callbacks"))
         split = given.pop("validation_split", None)
         if split and given.get("validation_data") is None:
             names = ("x", "y", "sample_weight")
@@ -196,9 +196,12 @@ class BankModel(keras.Model):
                 *(given.get(name) for name in names), split
             )
             given.update(zip(names, train))
+        check_divided("`x`", given.get("x"), given.get("batch_size"))
         data = given.get("validation_data")
         if isinstance(data, (list, tuple)):
             self._check_ids(data[0])
+            size = given.get("validation_batch_size") or given.get("batch_size")
+            check_divided("`validation_data`", data[0], size)
         if data is not None:
             self.validation = Validation(
                 data,
@@ -214,25 +217,32 @@ class BankModel(keras.Model):
             self.validation = None
             self.stop_rows(None)
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, *args, **kwargs):
+        check_divided("`x`", x, batch_size)
         with self._checked_ids(x):
-            return super().evaluate(x, *args, **kwargs)
+            return super().evaluate(x, y, batch_size, *args, **kwargs)
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x, batch_size=None, *args, **kwargs):
         with self._checked_ids(x):
-            return super().predict(x, *args, **kwargs)
+            if is_arrays(x):
+                batch_size = divided_size(batch_size)
+            x, cut = padded_inputs(x)
+            return cut(super().predict(x, batch_size, *args, **kwargs))
 
     def train_on_batch(self, x, *args, **kwargs):
         self._check_ids(x)
+        check_divided("`x`", x, in_one=True)
         return super().train_on_batch(x, *args, **kwargs)
 
     def test_on_batch(self, x, *args, **kwargs):
         self._check_ids(x)
+        check_divided("`x`", x, in_one=True)
         return super().test_on_batch(x, *args, **kwargs)
 
     def predict_on_batch(self, x):
         self._check_ids(x)
-        return super().predict_on_batch(x)
+        x, cut = padded_inputs(x)
+        return cut(super().predict_on_batch(x))
 
     @contextlib.contextmanager
     def _checked_ids(self, x):
@@ -255,9 +265,8 @@ class BankModel(keras.Model):
         return int(ops.convert_to_numpy(self._strays))
 
     def _check_ids(self, x):
-        ids = ids_in(x)
-        if isinstance(ids, (np.ndarray, list)) or ops.is_tensor(ids):
-            ids = np.asarray(ops.convert_to_numpy(ids))
+        if is_arrays(x):
+            ids = np.asarray(ops.convert_to_numpy(ids_in(x)))
             classes = ops.convert_to_numpy(self._classes)
             known = (ids >= 0) & (ids < len(classes))
             known &= classes[np.where(known, ids, 0)] > 0
@@ -331,6 +340,7 @@ class BankModel(keras.Model):
 
     def assign_rows(self, slots, adapters):
         _keras.synchronize(self)
+        _keras.check_all_here("AdapterBank", self.variables)
         index = np.array(padded(slots))[:, None]
         for name, stack in self._stacks.items():
             rows = np.stack(padded([adapter[name] for adapter in adapters]))
@@ -340,6 +350,7 @@ class BankModel(keras.Model):
     def set_classes(self, slots, classes):
         """Says what slots hold; 0 classes: nothing."""
         _keras.synchronize(self)
+        _keras.check_all_here("AdapterBank", self.variables)
         values = ops.convert_to_numpy(self._classes).copy()
         values[slots] = classes
         self._classes.assign(values)
@@ -347,9 +358,10 @@ class BankModel(keras.Model):
     def read(self, slots):
         """Returns the adapters in `slots`, each a dict of NumPy arrays."""
         _keras.synchronize(self)
+        _keras.check_all_here("AdapterBank", self.variables)
         index = np.array(padded(slots), "int32")
         stacks = {
-            name: ops.convert_to_numpy(ops.take(stack, index, axis=0))
+            name: _keras.to_numpy(ops.take(stack, index, axis=0))
             for name, stack in self._stacks.items()
         }
         return [
@@ -368,7 +380,7 @@ class BankModel(keras.Model):
         old, slots = self.slots, capacity + 1
         classes = ops.convert_to_numpy(self._classes)
         classes = np.concatenate([classes, np.zeros(slots - old, "int32")])
-        with _keras.new_state_allowed(self):
+        with _keras.strategy_scope(self), _keras.new_state_allowed(self):
             grown = keras.Variable(
                 classes, dtype="int32", trainable=False, name="classes"
             )
@@ -386,18 +398,3 @@ class BankModel(keras.Model):
             self.optimizer.build(self.trainable_variables)
             for before, after in zip(state, self.optimizer.variables):
                 copy_rows(before, after)
-
-
-def _check_callbacks(callbacks):
-    callbacks = getattr(callbacks, "callbacks", callbacks) or []
-    for callback in keras.tree.flatten(callbacks):
-        if (
-            isinstance(callback, keras.callbacks.ModelCheckpoint)
-            and not callback.save_weights_only
-        ):
-            raise ValueError(
-                "`ModelCheckpoint` cannot save the model of an `AdapterBank` "
-                "as a whole. Pass it `save_weights_only=True`, or use "
-                "`keras_vera.callbacks.BestAdapters`, which keeps the best "
-                "of each adapter."
-            )

@@ -72,6 +72,7 @@ class TrainsRows:
                 axes = tuple(range(1, len(grad.shape)))
                 has_gradient = ops.any(ops.not_equal(grad, 0), axis=axes)
                 moving = ops.logical_or(moving, has_gradient)
+        moving = _keras.in_any_replica(moving)
         counts = ops.convert_to_tensor(self._row_iterations)
         may_move = ops.logical_and(counts >= 0, row > 0)
         moving = ops.logical_and(moving, may_move)
@@ -149,7 +150,7 @@ def row_steps(optimizer):
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     if not getattr(inner, "built", False):
         return None
-    counts = ops.convert_to_numpy(inner._row_iterations)
+    counts = _keras.to_numpy(inner._row_iterations)
     return np.where(counts < 0, ~counts, counts)
 
 
@@ -165,7 +166,7 @@ def stop_rows(optimizer, rows):
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         is_stopped = np.zeros(len(steps), bool)
         if rows is not None:
-            is_stopped |= ops.convert_to_numpy(inner._row_iterations) < 0
+            is_stopped |= _keras.to_numpy(inner._row_iterations) < 0
             is_stopped[rows] = True
         inner._row_iterations.assign(np.where(is_stopped, ~steps, steps))
 

@@ -264,9 +264,10 @@ class Slots:
         if kwargs:
             raise ValueError(
                 f"{len(self._register.names)} adapters in a bank with "
-                f"capacity={self.capacity} are used batch by batch, without "
-                f"`{next(iter(kwargs))}`. Name no more adapters than fit, or "
-                "leave it out."
+                f"capacity={self.capacity}, and batches that "
+                "`keras.distribution` cannot cut, are used batch by batch, "
+                f"without `{next(iter(kwargs))}`. Name no more adapters than "
+                "fit, or leave it out."
             )
         return itertools.islice(
             data.batches(min(size, self.room), self.bring), steps

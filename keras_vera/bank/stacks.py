@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vera import _keras
+
 
 def new_stack(name, variable, fresh, slots):
     *folders, last = name.split("/")
@@ -13,6 +15,7 @@ def new_stack(name, variable, fresh, slots):
         # The path is that of the entry: `vera_optimizer` goes by it.
         for folder in folders:
             scopes.enter_context(keras.name_scope(folder))
+        _keras.check_layout(name, (slots, *fresh.shape))
         stack = keras.Variable(
             np.repeat(fresh[None], slots, axis=0),
             dtype=variable.dtype,

@@ -1,5 +1,4 @@
 import keras
-from keras import ops
 
 from keras_vera import _keras
 from keras_vera.files import fit
@@ -77,6 +76,8 @@ def save_adapter(model, filepath, dtype="float32"):
 def _contents(model, layers, dtype):
     """Returns header and entries of the file of an adapted model."""
     _keras.synchronize(model)
+    cut = _keras.cut_over_processes(model.variables)
+    _keras.check_all_here("save_adapter", cut)
     adaptation.check_base_is_unmoved(model, layers)
     paths = _keras.structural_paths(model)
     check_all_there(model, paths, adaptations(paths))
@@ -92,7 +93,7 @@ def _contents(model, layers, dtype):
     if projection.structure == EXPLICIT:
         # No seed makes them again.
         for name in fit.MATRICES:
-            tensors[name] = ops.convert_to_numpy(getattr(projection, name))
+            tensors[name] = _keras.to_numpy(getattr(projection, name))
     unsaved = as_header(fingerprints(paths, tensors))
     return {**make_header(model, paths), "unsaved": unsaved}, tensors
 
@@ -140,6 +141,7 @@ def load_adapter(model, filepath, head=True):
     _base_scope.check_outside(model)
     adaptation.check_no_bank(model)
     _keras.synchronize(model)
+    _keras.check_all_here("load_adapter", model.variables)
     paths = _keras.structural_paths(model)
     matrices = fit.popped_matrices(header, tensors, filepath)
     biases = {
@@ -158,9 +160,10 @@ def load_adapter(model, filepath, head=True):
         found = fingerprints(paths, {*tensors, *_bias_names(biases)})
         check_unsaved(found, header, filepath, head)
     else:
-        layers, plan = _checked_adaptation(
-            model, paths, header, tensors, matrices, biases, filepath, head
-        )
+        with _keras.strategy_scope(model):
+            layers, plan = _checked_adaptation(
+                model, paths, header, tensors, matrices, biases, filepath, head
+            )
         plan.apply(model)
     for name, variable in trained_variables(
         paths, head=head, given=tensors, state=bool(header["unsaved"])

@@ -10,6 +10,7 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_vera import _keras
 from keras_vera.files.format import AdapterFileError
 from keras_vera.layers._contraction import Contraction
 from keras_vera.product.checks import check_finite
@@ -100,9 +101,12 @@ class _Pair:
             projection = SharedProjection(
                 *(header[name] for name in ("seed", "rank", "structure"))
             )
-            projection.reserve(rows, columns)
+            # Whatever distribution a model has: files are of one process.
+            with _keras.on_one_device():
+                projection.reserve(rows, columns)
         else:
-            projection = SharedProjection.from_matrices(*matrices)
+            with _keras.on_one_device():
+                projection = SharedProjection.from_matrices(*matrices)
         self._projection = projection
         self._grams = {}
 

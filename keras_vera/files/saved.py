@@ -276,7 +276,7 @@ def _trained_in_base(paths):
 
 
 def as_array(name, variable, dtype):
-    array = ops.convert_to_numpy(variable)
+    array = _keras.to_numpy(variable)
     if _dtype_in_files(variable) != "float32":
         return array
     return adapter_format.in_dtype(name, array, dtype)

@@ -14,7 +14,6 @@ import threading
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_vera import _keras
 
@@ -57,7 +56,7 @@ class _Based:
         if _is_suspended():
             kept = _kept.get(id(self))
             if kept is not None:
-                kept.own = ops.convert_to_numpy(value).copy()
+                kept.own = _keras.to_numpy(value).copy()
                 return value
         elif any(scope.place is not None for scope in _scopes()):
             scope = _scope_of(self, _keras.stored_value(self))
@@ -101,6 +100,7 @@ def base_scope(model, values, others=()):
     scope = _Scope(model, values)
     if scope.place is None:
         _keras.synchronize(model)
+        _keras.check_all_here("base_model", model.variables)
         values = values + [(v, _to_numpy(v)) for v in others]
         inside = _assigned(model, values)
     else:
@@ -190,11 +190,13 @@ def _give_back(model, values):
             if kept.blocks:
                 continue
             del _kept[id(variable)]
-            stored = _to_numpy(variable)
-            is_changed |= not (
-                np.array_equal(stored, kept.base, equal_nan=True)
-                or np.array_equal(stored, kept.own, equal_nan=True)
-            )
+            # Keras on JAX loses the values where a call fails.
+            if not _keras.is_lost(variable):
+                stored = _to_numpy(variable)
+                is_changed |= not (
+                    np.array_equal(stored, kept.base, equal_nan=True)
+                    or np.array_equal(stored, kept.own, equal_nan=True)
+                )
             keras.Variable.assign(variable, kept.own)
     return is_changed
 
@@ -247,7 +249,7 @@ def _is_suspended():
 
 
 def _to_numpy(variable):
-    return np.array(ops.convert_to_numpy(_keras.stored_value(variable)))
+    return np.array(_keras.to_numpy(_keras.stored_value(variable)))
 
 
 def _trained(model):

@@ -3,6 +3,8 @@ import hashlib
 import numpy as np
 from keras import ops
 
+from keras_vera import _keras
+
 _SAMPLES = 1024
 
 
@@ -25,6 +27,6 @@ def kernel_fingerprint(kernel):
         indices = np.arange(_SAMPLES) * (size - 1) // (_SAMPLES - 1)
         flat = ops.reshape(kernel, (size,))
         sample = ops.take(flat, indices.astype("int32"), axis=0)
-    sample = ops.convert_to_numpy(sample)
+    sample = _keras.to_numpy(sample)
     sample = np.ascontiguousarray(sample.astype("<f4"))
     return hashlib.sha256(sample).hexdigest()[:16]

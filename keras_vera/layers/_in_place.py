@@ -10,7 +10,6 @@ import json
 import warnings
 
 import numpy as np
-from keras import ops
 
 from keras_vera import _keras
 from keras_vera.layers._base_layer import stored_kernel
@@ -47,7 +46,7 @@ class InPlaceVeRA:
         """
         base_bias = self.vera_base_bias
         if base_bias is None and bias is not None:
-            self.vera_base_bias = ops.convert_to_numpy(self.bias).copy()
+            self.vera_base_bias = _keras.to_numpy(self.bias).copy()
         elif base_bias is not None and bias is None:
             bias = self.__dict__.pop("vera_base_bias")
         if bias is not None:
@@ -77,14 +76,14 @@ class InPlaceVeRA:
         if group is not None:
             group["identity"] = json.dumps(self._identity())
             for name in _VECTORS:
-                group[name] = ops.convert_to_numpy(getattr(self, name))
+                group[name] = _keras.to_numpy(getattr(self, name))
 
     @suspended()
     def load_own_variables(self, store):
         group = _keras.hidden_group(store)
         if group is not None and self._is_of_this_adapter(group):
             kernel = stored_kernel(self)
-            base_kernel = ops.convert_to_numpy(kernel).copy()
+            base_kernel = _keras.to_numpy(kernel).copy()
             super().load_own_variables(store)
             kernel.assign(base_kernel)
             for name in _VECTORS:

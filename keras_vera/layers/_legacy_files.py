@@ -7,8 +7,6 @@ file as its base.
 
 import warnings
 
-from keras import ops
-
 from keras_vera import _keras
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._in_place import InPlaceVeRA
@@ -77,7 +75,7 @@ class _Weight:
         self.shape = tuple(variable.shape)
 
     def __array__(self, dtype=None, copy=None):
-        return ops.convert_to_numpy(self.variable)
+        return _keras.to_numpy(self.variable)
 
 
 class _MergedKernel(_Weight):
@@ -86,7 +84,7 @@ class _MergedKernel(_Weight):
 
     def __array__(self, dtype=None, copy=None):
         if self.layer.quantization_mode is None:
-            return ops.convert_to_numpy(self.layer.adapted_kernel())
+            return _keras.to_numpy(self.layer.adapted_kernel())
         warnings.warn(
             "A quantized kernel takes no adapter, so this file holds the base "
             "model. Keep the adapter with `keras_vera.save_adapter`.",

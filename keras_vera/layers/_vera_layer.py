@@ -128,6 +128,8 @@ class VeRALayer:
         contraction = self._make_contraction()
         projection.register(self)
         with _keras.strategy_scope(self), _keras.new_state_allowed(self):
+            _keras.check_layout(f"{self.path}/vera_lambda_d", (rank,))
+            _keras.check_layout(f"{self.path}/vera_lambda_b", (contraction.n,))
             projection.reserve(contraction.m, contraction.n)
             self._vera_layout = Layout(
                 contraction, projection.structure_of(contraction, rank)
@@ -271,15 +273,21 @@ class VeRALayer:
             x, self._vera_settings.dropout, seed=self._vera_seed_generator
         )
 
+    def _check_devices(self):
+        _keras.check_made_here(self.vera_lambda_b, self)
+        _keras.check_not_sharded(self)
+
     def _vectors_for(self, x):
         """Returns d and b; in a mixed batch, those of each example."""
         rows = rows_of(self)
         if rows is None:
             return self._vectors()
         check_rows(self, x, rows[0])
+        self._check_devices()
         return rows
 
     def _vectors(self):
+        self._check_devices()
         return (
             ops.convert_to_tensor(self.vera_lambda_d),
             ops.convert_to_tensor(self.vera_lambda_b),

@@ -130,10 +130,13 @@ def check_model(model):
         )
     if _keras.is_in_other_strategy(model):
         raise ValueError(
-            f"`model` must be made in the `scope()` of the `tf.distribute` "
-            f"strategy in which it is adapted. Received: model '{model.name}', "
-            "made elsewhere. Leave the scope, or make the model in it."
+            "`model` must be made where it is adapted: in the `scope()` of the "
+            "same `tf.distribute` strategy, or with the same devices of "
+            f"`keras.distribution`. Received: model '{model.name}', made "
+            "elsewhere. Make the model in the `scope()` that is active now "
+            "(or after `set_distribution`), or adapt it outside of it."
         )
+    _keras.check_not_wrapped(model)
     layers = _keras.flatten_layers(model)
     if any(is_adapted(layer) for layer in layers):
         raise ValueError(

@@ -123,6 +123,7 @@ def enable_vera(
     """
     _base_scope.check_outside(model)
     check_model(model)
+    _keras.check_all_here("enable_vera", model.variables)
     rank = check_integer("rank", rank, 1)
     bases = find_bases(model)
     paths = base_paths(model, bases)
@@ -171,6 +172,7 @@ def disable_vera(model):
     _base_scope.check_outside(model)
     layers = check_adapted(model)
     check_base_is_clean(model, layers)
+    _keras.check_all_here("disable_vera", model.variables)
     restore(model, layers, merge=False)
 
 
@@ -200,6 +202,7 @@ def merge(model):
     _base_scope.check_outside(model)
     layers = check_adapted(model)
     check_mergeable(model, layers)
+    _keras.check_all_here("merge", model.variables)
     restore(model, layers, merge=True)
 
 

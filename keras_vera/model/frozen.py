@@ -11,8 +11,6 @@ import functools
 import inspect
 import warnings
 
-from keras import ops
-
 from keras_vera import _keras
 from keras_vera.layers._in_place import class_like
 from keras_vera.layers._kinds import kind_of
@@ -113,7 +111,7 @@ class FrozenBase:
 
     def note(self, variable):
         """Takes the value of a variable as the one that the base has."""
-        value = ops.convert_to_numpy(variable).copy()
+        value = _keras.to_numpy(variable).copy()
         self._values[id(variable)] = variable, value
 
     def is_state(self, variable):
@@ -262,7 +260,7 @@ def state_of(layer):
 
 
 def _is_same(variable, value):
-    return ops.convert_to_numpy(variable).tobytes() == value.tobytes()
+    return _keras.to_numpy(variable).tobytes() == value.tobytes()
 
 
 class _Guarded:

@@ -128,6 +128,26 @@ ROLES = {
 }
 
 
+# How tensor parallel training cuts a kernel.
+COLUMNS, ROWS = "columns", "rows"
+
+
+def cuts(paths):
+    """Returns how kernels are cut in Megatron's way, by path.
+
+    What reads the stream of a block, by columns; what writes to it, by rows.
+    """
+    adaptable = {p: x for p, x in adaptable_layers(paths).items() if x.built}
+    found = dict.fromkeys(ROLES["embedding"](paths, adaptable), ROWS)
+    for path in _mlp(paths, adaptable):
+        m, n = _sizes(adaptable[path])
+        found[path] = COLUMNS if n >= m else ROWS
+    for places in _attention_layers(paths, adaptable):
+        for place in places:
+            found[place.path] = COLUMNS if place.projection else ROWS
+    return found
+
+
 def _norm(paths):
     return [p for p, layer in paths.items() if _is_norm(layer)]
 

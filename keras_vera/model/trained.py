@@ -2,8 +2,6 @@
 
 import functools
 
-from keras import ops
-
 from keras_vera import _keras
 from keras_vera.layers._base_scope import suspended
 from keras_vera.layers._in_place import class_like
@@ -70,7 +68,7 @@ class TrainedInBase:
         """Takes values as those that the base has; by default, the present."""
         own = self.variables[layer]
         if values is None:
-            values = [ops.convert_to_numpy(v).copy() for v in own]
+            values = [_keras.to_numpy(v).copy() for v in own]
         self._values[layer] = values
 
     def values_of(self, layer):

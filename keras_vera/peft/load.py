@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from keras_vera import _keras
 from keras_vera.files.disk import AdapterFileError
 from keras_vera.files.disk import errors_about
 from keras_vera.files.disk import read_bytes
@@ -80,6 +81,7 @@ def load_peft_adapter(model, folder, head=True):
     """
     _base_scope.check_outside(model)
     adaptation.check_model(model)
+    _keras.check_all_here("load_peft_adapter", model.variables)
     backbone, family = find_family(model)
     folder = os.fspath(folder)
     config = _read_config(os.path.join(folder, CONFIG))
@@ -128,10 +130,11 @@ def load_peft_adapter(model, folder, head=True):
                     }
                 )
                 offset += n
-        projection = SharedProjection.from_matrices(
-            np.ascontiguousarray(matrices[0].T),
-            np.ascontiguousarray(matrices[1].T),
-        )
+        with _keras.strategy_scope(model):
+            projection = SharedProjection.from_matrices(
+                np.ascontiguousarray(matrices[0].T),
+                np.ascontiguousarray(matrices[1].T),
+            )
     adaptation.Adaptation(
         projection=projection,
         targets=config["target_modules"],

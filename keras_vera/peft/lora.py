@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vera import _keras
 from keras_vera.layers import _base_scope
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._in_place import is_adapted
@@ -56,7 +57,7 @@ def _layer_factors(layer):
     structure = layer._vera_layout.structure
     factor_a, factor_b = structure.factors
     a, b_matrix, d, b = (
-        ops.convert_to_numpy(x).astype("float64")
+        _keras.to_numpy(x).astype("float64")
         for x in (
             *structure.as_matrices(*layer.projection_slices()),
             layer.vera_lambda_d,
@@ -169,7 +170,7 @@ def output_errors(model, batch, modules, exact, others):
                     for down, up in (others[module], exact[module])
                 )
                 kernel = stored_kernel(layer)
-                kept.append((kernel, ops.convert_to_numpy(kernel).copy()))
+                kept.append((kernel, _keras.to_numpy(kernel).copy()))
                 # With the adapter it is the base with the other update.
                 change = (more - less).astype("float32")
                 kernel.assign(
@@ -185,9 +186,7 @@ def output_errors(model, batch, modules, exact, others):
 
 def _outputs(model, batch):
     outputs = keras.tree.flatten(model(batch, training=False))
-    return [
-        np.array(ops.convert_to_numpy(ops.cast(x, "float32"))) for x in outputs
-    ]
+    return [np.array(_keras.to_numpy(ops.cast(x, "float32"))) for x in outputs]
 
 
 def _largest(outputs, others):

@@ -7,7 +7,8 @@ are exact, at a multiple of the rank.
 """
 
 import numpy as np
-from keras import ops
+
+from keras_vera import _keras
 
 
 def with_parts(modules, parts):
@@ -101,7 +102,7 @@ def _joined(entries, places, rank, layer):
         ),
     }
     if any(x and "base_layer.bias" in x for x in entries):
-        bias = ops.convert_to_numpy(layer.bias)
+        bias = _keras.to_numpy(layer.bias)
         result["base_layer.bias"] = collect(
             "base_layer.bias", lambda place: bias[place * n : (place + 1) * n]
         )

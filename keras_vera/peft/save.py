@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import safetensors.numpy
-from keras import ops
 
 from keras_vera import _keras
 from keras_vera.files.disk import errors_about
@@ -93,6 +92,8 @@ def save_peft_adapter(
     """
     _check_as_lora(as_lora, batch)
     adapted = adaptation.check_adapted(model)
+    cut = _keras.cut_over_processes(model.variables)
+    _keras.check_all_here("save_peft_adapter", cut)
     adaptation.check_base_is_clean(model, adapted)
     backbone, family = find_family(model)
     modules = _adapted_modules(model, modules_of(backbone, family)[0], adapted)
@@ -125,8 +126,8 @@ def save_peft_adapter(
         tensors, config = _in_lora_terms(modules, factors, prefix, parts)
     for module, layer in heads.items():
         name = f"{MODEL}{module}"
-        tensors[f"{name}.weight"] = ops.convert_to_numpy(layer.kernel).T
-        tensors[f"{name}.bias"] = ops.convert_to_numpy(layer.bias)
+        tensors[f"{name}.weight"] = _keras.to_numpy(layer.kernel).T
+        tensors[f"{name}.bias"] = _keras.to_numpy(layer.bias)
     config = {
         "base_model_name_or_path": base_model_name_or_path,
         "target_modules": [
@@ -277,7 +278,7 @@ def _bias_change(layer):
     """Returns what the adapter adds to the bias of a layer."""
     if not is_adapted(layer) or layer.vera_base_bias is None:
         return np.zeros(contraction_of(layer).n)
-    change = ops.convert_to_numpy(layer.bias) - layer.vera_base_bias
+    change = _keras.to_numpy(layer.bias) - layer.vera_base_bias
     return change.reshape(-1)
 
 
@@ -312,8 +313,8 @@ def _in_vera_terms(modules, prefix, parts):
             groups.setdefault(group, len(groups))
     first = next(x for ls in modules.values() for x in ls if is_adapted(x))
     pair = first.projection
-    a = ops.convert_to_numpy(pair.vera_kernel_a)
-    b_matrix = ops.convert_to_numpy(pair.vera_kernel_b)
+    a = _keras.to_numpy(pair.vera_kernel_a)
+    b_matrix = _keras.to_numpy(pair.vera_kernel_b)
     rank = a.shape[1]
     sizes = [
         (contraction_of(layers[0]).m, sum(contraction_of(x).n for x in layers))
@@ -338,7 +339,7 @@ def _in_vera_terms(modules, prefix, parts):
             own = _scaled_d(layer)
             d[channels : channels + len(own)] = own
         b = [
-            ops.convert_to_numpy(x.vera_lambda_b)
+            _keras.to_numpy(x.vera_lambda_b)
             if is_adapted(x)
             else np.zeros(contraction_of(x).n, "float32")
             for x in layers
@@ -347,7 +348,7 @@ def _in_vera_terms(modules, prefix, parts):
         tensors[f"{name}.vera_lambda_d"] = d
         tensors[f"{name}.vera_lambda_b"] = np.concatenate(b)
         if has_biases and layers[0].bias is not None:
-            biases = [ops.convert_to_numpy(x.bias).reshape(-1) for x in layers]
+            biases = [_keras.to_numpy(x.bias).reshape(-1) for x in layers]
             tensors[f"{name}.base_layer.bias"] = np.concatenate(biases)
     tensors = split_parts(tensors, MATRICES, MODEL + prefix, parts)
     settings = _settings(modules)
@@ -392,4 +393,4 @@ def _channel_groups(layers):
 def _scaled_d(layer):
     """Returns d with the Kaiming factors of the layer in it."""
     factor_a, factor_b = layer._vera_layout.structure.factors
-    return ops.convert_to_numpy(layer.vera_lambda_d) * (factor_a * factor_b)
+    return _keras.to_numpy(layer.vera_lambda_d) * (factor_a * factor_b)

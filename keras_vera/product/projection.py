@@ -9,7 +9,7 @@ from keras import ops
 from keras_vera import _keras
 from keras_vera.product.checks import check_integer
 from keras_vera.product.checks import check_structure
-from keras_vera.product.random import unit_uniform
+from keras_vera.product.random import unit_uniform_rows
 from keras_vera.product.structure import Blocks
 from keras_vera.product.structure import Dense
 from keras_vera.product.structure import Explicit
@@ -106,11 +106,7 @@ class SharedProjection:
         projection.structure = EXPLICIT
         for name, array in (("vera_kernel_a", a), ("vera_kernel_b", b_matrix)):
             variable = projection._make_variable(
-                name,
-                array.shape,
-                lambda shape, dtype, array=array: ops.convert_to_tensor(
-                    array, dtype
-                ),
+                name, array.shape, _Entries(array.__getitem__)
             )
             setattr(projection, name, variable)
         return projection
@@ -129,15 +125,15 @@ class SharedProjection:
         if self.structure == EXPLICIT:
             return
         a, b = self.vera_kernel_a, self.vera_kernel_b
-        width = self._make_structure(input_dim, output_dim, self.rank).width
+        width = self._width
         if a is None or a.shape[0] < input_dim:
             self.vera_kernel_a = self._make_variable(
-                "vera_kernel_a", (input_dim, width), self._entries_a
+                "vera_kernel_a", (input_dim, width), _Entries(self._part_of_a)
             )
             self._replace(a, self.vera_kernel_a)
         if b is None or b.shape[1] < output_dim:
             self.vera_kernel_b = self._make_variable(
-                "vera_kernel_b", (width, output_dim), self._entries_b
+                "vera_kernel_b", (width, output_dim), _Entries(self._part_of_b)
             )
             self._replace(b, self.vera_kernel_b)
 
@@ -206,19 +202,27 @@ class SharedProjection:
             projection._generation = newest._generation + 1
         return projection
 
-    def _entries_a(self, shape, dtype=None):
-        entries = unit_uniform(self.seed, _STREAM_A, shape[0] * shape[1])
-        return ops.convert_to_tensor(entries.reshape(shape), dtype=dtype)
+    def _part_of_a(self, index):
+        rows, columns = index
+        return unit_uniform_rows(
+            self.seed, _STREAM_A, self._width, rows, columns
+        )
 
-    def _entries_b(self, shape, dtype=None):
-        entries = unit_uniform(self.seed, _STREAM_B, shape[0] * shape[1])
+    def _part_of_b(self, index):
         # By columns, so that more columns append entries.
-        entries = np.ascontiguousarray(entries.reshape(shape[::-1]).T)
-        return ops.convert_to_tensor(entries, dtype=dtype)
+        rows, columns = index
+        entries = unit_uniform_rows(
+            self.seed, _STREAM_B, self._width, columns, rows
+        )
+        return np.ascontiguousarray(entries.T)
+
+    @property
+    def _width(self):
+        return self._make_structure(1, 1, self.rank).width
 
     def _make_variable(self, name, shape, initializer):
         with keras.name_scope("vera_projection"):
-            return keras.Variable(
+            return _keras.VariableOfParts(
                 initializer,
                 shape=shape,
                 dtype="float32",
@@ -230,6 +234,17 @@ class SharedProjection:
         if old is not None:
             for layer in self._layers:
                 layer._replace_projection_variable(old, new)
+
+
+class _Entries:
+    """Makes a matrix, or a part of it, as `VariableOfParts` asks for it."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def __call__(self, shape, dtype=None):
+        whole = self.part(tuple(slice(0, size) for size in shape))
+        return ops.convert_to_tensor(whole, dtype=dtype)
 
 
 def pair_sha256(a, b_matrix):
@@ -244,6 +259,6 @@ def pair_sha256(a, b_matrix):
         float32, `a` by rows and then `b_matrix` by columns.
     """
     digest = hashlib.sha256()
-    for rows in (ops.convert_to_numpy(a), ops.convert_to_numpy(b_matrix).T):
+    for rows in (_keras.to_numpy(a), _keras.to_numpy(b_matrix).T):
         digest.update(np.ascontiguousarray(rows, dtype="<f4"))
     return digest.hexdigest()

@@ -56,3 +56,30 @@ def unit_uniform(seed, stream, count, start=0):
         filled += size
         skipped = 0
     return entries
+
+
+def unit_uniform_rows(seed, stream, width, rows, columns):
+    """Returns a part of a matrix that a stream fills row by row.
+
+    Args:
+        seed, stream: As in `unit_uniform`.
+        width: Integer, the entries of a whole row.
+        rows: Slice with a start and a stop.
+        columns: Slice with a start and a stop.
+
+    Returns:
+        A float32 NumPy array. No more than it, and some rows, is made.
+    """
+    count = rows.stop - rows.start
+    if columns == slice(0, width):
+        entries = unit_uniform(seed, stream, count * width, rows.start * width)
+        return entries.reshape(count, width)
+    part = np.empty((count, columns.stop - columns.start), np.float32)
+    step = max(1, _CHUNK // width)
+    for start in range(0, count, step):
+        size = min(step, count - start)
+        entries = unit_uniform(
+            seed, stream, size * width, (rows.start + start) * width
+        )
+        part[start : start + size] = entries.reshape(size, width)[:, columns]
+    return part

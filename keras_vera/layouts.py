@@ -1,0 +1,230 @@
+"""Layouts for `keras.distribution.ModelParallel`, found by structure."""
+
+import re
+
+import keras
+
+from keras_vera import _keras
+from keras_vera.layers._base_layer import stored_kernel
+from keras_vera.layers._kinds import kind_of
+from keras_vera.model.adaptation import base_paths
+from keras_vera.model.adaptation import check_model
+from keras_vera.model.adaptation import find_bases
+from keras_vera.model.roles import COLUMNS
+from keras_vera.model.roles import cuts
+from keras_vera.model.targets import resolve_targets
+from keras_vera.product.checks import check_integer
+
+_NUMBER = re.compile(r"_\d+$")
+
+
+def layout_map(
+    model,
+    mesh,
+    targets="attention-qv",
+    exclude=None,
+    axis="model",
+    kernels=None,
+    capacity=None,
+):
+    """Returns the layouts of a model and of its adapters for model parallel.
+
+    Kernels are cut as in Megatron: those of query, key and value, and those
+    that widen in an MLP, by columns (whole heads, where the kernel has them);
+    the output of attention, and what narrows again, by rows; embeddings by
+    their vocabulary. So each pair needs one sum over the devices. What plays
+    none of these roles is whole on every device, and so is what does not
+    divide.
+
+    Of the adapters, `A` is cut by rows, `B` by columns, and `b` as the outputs
+    of its kernel. The axis of the rank is never cut: each device would compute
+    a part of every sum over it.
+
+    The names of repeated blocks, and the numbers that Keras puts behind names,
+    may differ, so that `model` may be a small one of the same architecture,
+    with fewer blocks of the same width, that fits one device. For a bank, it
+    must be what the bank is made on: a task, not its backbone alone.
+
+    Args:
+        model: A built Keras or KerasHub model, not adapted.
+        mesh: A `keras.distribution.DeviceMesh`.
+        targets: As in `keras_vera.enable_vera`. Defaults to `"attention-qv"`.
+        exclude: As in `keras_vera.enable_vera`. Defaults to `None`.
+        axis: String, the axis of `mesh` that kernels are cut along. Defaults
+            to `"model"`.
+        kernels: A `keras.distribution.LayoutMap` for the model itself, such
+            as `get_layout_map` of some KerasHub backbones gives; its layouts
+            are taken instead. Defaults to `None`.
+        capacity: Integer, the capacity of an `AdapterBank` on the model, whose
+            adapters are cut by slots; `capacity + 1` must be a multiple of
+            the devices along `axis`. Defaults to `None`: no bank, or one that
+            is whole on every device.
+
+    Returns:
+        A `keras.distribution.LayoutMap`.
+
+    Raises:
+        ValueError: If an argument makes no sense, or a target matches nothing.
+
+    Example:
+
+    ```python
+    mesh = keras.distribution.DeviceMesh((1, 8), ("batch", "model"))
+    small = keras_hub.models.LlamaBackbone(**{**config, "num_layers": 1})
+    layouts = keras_vera.layout_map(small, mesh, targets="all-linear")
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(layout_map=layouts)
+    )
+    model = keras_hub.models.LlamaCausalLM.from_preset("llama2_7b_en")
+    keras_vera.enable_vera(model, targets="all-linear")
+    ```
+
+    Reference:
+
+    - [Shoeybi et al., 2019](https://arxiv.org/abs/1909.08053), section 3
+    """
+    parts = _checked_parts(mesh, axis, kernels, capacity)
+    check_model(model)
+    paths = base_paths(model, find_bases(model))
+    adapted = resolve_targets(targets, exclude, 1, paths)
+    found = {}
+    if kernels is None:
+        for path, cut in cuts(paths).items():
+            found.update(_of_kernel(paths[path], cut, axis, parts))
+    else:
+        for variable in model.variables:
+            layout = kernels[variable.path]
+            if layout is not None:
+                found[variable.path] = layout.axes
+    vectors, stacks, dims = {}, {}, []
+    for path, layer in paths.items():
+        if path not in adapted:
+            continue
+        contraction = kind_of(type(layer))._make_contraction(layer)
+        dims.append((contraction.m, contraction.n))
+        own = found.get(stored_kernel(layer).path)
+        cut = _output_axis(contraction, own)
+        if cut is not None:
+            vectors[f"{layer.path}/vera_lambda_b"] = (cut,)
+        for name in ("vera_lambda_d", "vera_lambda_b"):
+            stacks[f"{path}/{name}"] = (axis, None)
+    layouts = keras.distribution.LayoutMap(mesh)
+    m, n = map(max, zip(*dims))
+    for name, size, axes in (
+        ("vera_kernel_a", m, (axis, None)),
+        ("vera_kernel_b", n, (None, axis)),
+    ):
+        if size % parts == 0:
+            layouts[f"(.*/)?vera_projection/{name}"] = axes
+    if kernels is None:
+        vectors.update(found)
+    else:
+        for key in kernels:
+            layouts[key] = kernels[key]
+    for key, axes in _by_pattern(vectors).items():
+        layouts[key] = axes
+    if capacity is not None:
+        for key, axes in _by_pattern(stacks).items():
+            if key not in layouts:
+                layouts[key] = axes
+    return layouts
+
+
+def _of_kernel(layer, cut, axis, parts):
+    """Yields the path and the axes of each variable of a layer that is cut."""
+    kernel = stored_kernel(layer)
+    contraction = kind_of(type(layer))._make_contraction(layer)
+    inputs, outputs = _axes(contraction, len(kernel.shape))
+    where = (outputs if cut == COLUMNS else inputs)[0]
+    if kernel.shape[where] % parts:
+        return
+    yield kernel.path, _axes_with(axis, where, len(kernel.shape))
+    for variable in _keras.own_variables(layer):
+        if variable is kernel:
+            continue
+        shape = tuple(variable.shape)
+        if cut == COLUMNS and shape == contraction.output_dims:
+            # A bias, of which each device needs that of its columns.
+            yield variable.path, _axes_with(axis, 0, len(shape))
+        if contraction.one_hot and shape == tuple(kernel.shape)[::-1]:
+            # The other table of a `ReversibleEmbedding` that is not tied.
+            yield variable.path, _axes_with(axis, 1, 2)
+
+
+def _axes(contraction, ndim):
+    """Returns which axes of a kernel are its inputs, and its outputs."""
+    order = contraction.kernel_permutation or tuple(range(ndim))
+    count = len(contraction.input_dims)
+    return order[:count], order[count:]
+
+
+def _output_axis(contraction, axes):
+    """Returns by what the outputs of a kernel are cut, as one vector, or
+    `None`."""
+    ndim = len(contraction.input_dims) + len(contraction.output_dims)
+    if axes is None or len(axes) != ndim:
+        return None
+    _, outputs = _axes(contraction, ndim)
+    first, *rest = (axes[where] for where in outputs)
+    return first if not any(rest) else None
+
+
+def _axes_with(axis, where, ndim):
+    return tuple(axis if i == where else None for i in range(ndim))
+
+
+def _by_pattern(layouts):
+    """Returns layouts by regular expressions that know no numbers.
+
+    Where paths that differ in numbers alone differ in layouts, they are
+    matched with all numbers but that of the model.
+    """
+    by_pattern = {}
+    for path, axes in layouts.items():
+        by_pattern.setdefault(_pattern(path), []).append((path, axes))
+    found = {}
+    for pattern, members in by_pattern.items():
+        if len({axes for _, axes in members}) == 1:
+            found[pattern] = members[0][1]
+            continue
+        for path, axes in members:
+            first, *rest = path.split("/")
+            found["/".join([_pattern(first), *map(re.escape, rest)])] = axes
+    return found
+
+
+def _pattern(path):
+    parts = [_NUMBER.sub("", part) for part in path.split("/")]
+    return "/".join(rf"{re.escape(part)}(_\d+)?" for part in parts)
+
+
+def _checked_parts(mesh, axis, kernels, capacity):
+    """Returns the number of devices along `axis`."""
+    if not isinstance(mesh, keras.distribution.DeviceMesh):
+        raise ValueError(
+            "`mesh` must be a `keras.distribution.DeviceMesh`. "
+            f"Received: mesh={mesh!r} (of type {type(mesh).__name__})"
+        )
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"`axis` must be one of the axes of `mesh`, {mesh.axis_names}. "
+            f"Received: axis={axis!r}"
+        )
+    parts = dict(zip(mesh.axis_names, mesh.shape))[axis]
+    if kernels is not None and not isinstance(
+        kernels, keras.distribution.LayoutMap
+    ):
+        raise ValueError(
+            "`kernels` must be a `keras.distribution.LayoutMap` or `None`. "
+            f"Received: kernels={kernels!r}"
+        )
+    if capacity is not None:
+        check_integer("capacity", capacity, 1)
+        if (capacity + 1) % parts:
+            raise ValueError(
+                f"`capacity + 1` must be a multiple of {parts}, the devices "
+                f"along {axis!r}, since slot 0 of a bank is the base model. "
+                f"Received: capacity={capacity}. Take "
+                f"{-(-(capacity + 1) // parts) * parts - 1}."
+            )
+    return parts
