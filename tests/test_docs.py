@@ -1,9 +1,7 @@
 """The code of the README and of the site runs; the site's links lead on."""
 
-import importlib.util
 import pathlib
 import re
-import runpy
 import shlex
 
 import doc_stand_ins
