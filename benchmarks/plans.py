@@ -107,18 +107,19 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rank", type=int, default=256)
-    parser.add_argument("--largest", type=int, default=15, help="log2(tokens)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[2**k for k in range(16)]
+    )
     parser.add_argument("--output", help="where to draw the figure, an SVG")
     args = parser.parse_args()
-    tokens = [2**k for k in range(args.largest + 1)]
-    found = counts(args.width, args.rank, tokens)
+    found = counts(args.width, args.rank, args.tokens)
     print(f"| tokens | {' | '.join(found)} |")
     print(f"|---|{'---|' * len(found)}")
-    for i, number in enumerate(tokens):
+    for i, number in enumerate(args.tokens):
         cells = " | ".join(f"{ratios[i]:.2f}" for ratios in found.values())
         print(f"| {number:,} | {cells} |")
     if args.output:
-        draw(found, tokens, args.width, args.rank, args.output)
+        draw(found, args.tokens, args.width, args.rank, args.output)
 
 
 if __name__ == "__main__":
