@@ -1,7 +1,6 @@
 """VeRA (Vector-based Random Matrix Adaptation) for Keras 3."""
 
-from importlib.metadata import version as _version
-
+from keras_vera import _version
 from keras_vera import callbacks as callbacks
 from keras_vera import layers as layers
 from keras_vera.bank.bank import AdapterBank as AdapterBank
@@ -21,7 +20,7 @@ from keras_vera.peft.save import save_peft_adapter as save_peft_adapter
 from keras_vera.product.projection import SharedProjection as SharedProjection
 from keras_vera.summary import summary as summary
 
-__version__ = _version("keras_vera")
+__version__ = _version.version()
 
 __all__ = [
     "AdapterBank",

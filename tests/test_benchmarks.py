@@ -93,6 +93,21 @@ def test_rates(tmp_path):
     )
 
 
+def test_plans(tmp_path):
+    figure = tmp_path / "plans.svg"
+    sizes = "--width 64 --rank 16 --tokens 1 512 --output".split()
+    output = subprocess.check_output(
+        [sys.executable, FOLDER / "plans.py", *sizes, figure], text=True
+    )
+    head, _, *rows = [
+        line.strip("| ").split(" | ") for line in output.splitlines()
+    ]
+    few, many = [dict(zip(head, map(float, row), strict=True)) for row in rows]
+    assert few["auto"] == few["additive"] < few["folded"]
+    assert many["auto"] == many["folded"] < many["additive"]
+    assert "tokens" in figure.read_text()
+
+
 def test_fuzz_adapter_file():
     output = subprocess.check_output(
         [sys.executable, FOLDER / "fuzz_adapter_file.py", "--files", "5000"],

@@ -1,6 +1,8 @@
-"""What the README's table says of Keras' LoRA and of PEFT's VeRA."""
+"""What the README and the site say of Keras' LoRA and of PEFT's VeRA."""
 
 import math
+import pathlib
+import runpy
 
 import keras
 import keras_hub
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 from helpers import largest_difference
 from helpers import predict
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def make_backbone():
@@ -27,6 +31,29 @@ def test_keras_lora_trains_the_biases_too():
     sizes = {v.path: math.prod(v.shape) for v in backbone.trainable_variables}
     assert sum(sizes.values()) * 12 == 1_800_192
     assert sum("bias" in path for path in sizes) == 2
+
+
+@pytest.mark.in_turn
+def test_numbers_that_train():
+    counts = runpy.run_path(str(ROOT / "benchmarks" / "counts.py"))
+    table = counts["table"]()
+    assert table in (ROOT / "docs" / "compare.md").read_text()
+    rows = {}
+    for line in table.splitlines()[2:]:
+        name, *cells = line.strip("| ").split(" | ")
+        rows[name.split(",")[0], name.split(" ")[-1]] = cells
+    readme = (ROOT / "README.md").read_text()
+    of_readme = [
+        [cell.split(" ")[0] for cell in line.strip("| ").split(" | ")[1:]]
+        for line in readme.splitlines()
+        if line.startswith("| Trained, ")
+    ]
+    for column, cells in enumerate(of_readme):
+        assert cells == [
+            rows["keras_vera", "1024"][column],
+            rows["PEFT's VeRA", "1024"][column],
+            rows["Keras' LoRA", "8"][column],
+        ]
 
 
 def test_keras_lora_file_lacks_what_trained(tmp_path):

@@ -1,10 +1,11 @@
 """The examples run, tiny; the notebook is the script."""
 
+import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
-import jupytext
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -80,11 +81,32 @@ def test_example(check, tmp_path):
     check(tmp_path)
 
 
+NOTEBOOKS = runpy.run_path(str(EXAMPLES.parent / ".ci" / "notebooks.py"))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_notebook_is_the_script(script):
-    def cells(path):
-        return [(c.cell_type, c.source) for c in jupytext.read(path).cells]
+    notebook = script.with_suffix(".ipynb").read_text()
+    made = NOTEBOOKS["make"](script)
+    assert cells_of(notebook) == cells_of(made), "Run: python .ci/notebooks.py"
 
-    assert cells(script.with_suffix(".ipynb")) == cells(script), (
-        "Run: jupytext --to ipynb examples/*.py"
-    )
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_notebook_opens_in_colab(script):
+    address = NOTEBOOKS["address"]()
+    cells = cells_of(script.with_suffix(".ipynb").read_text())
+    (_, title), (kind, install), *_ = cells
+    place = address.removeprefix("https://github.com/")
+    name = f"github/{place}/blob/main/examples/{script.stem}.ipynb"
+    assert f"(https://colab.research.google.com/{name})" in title
+    assert kind == "code"
+    magic = "    %pip install "
+    assert f"git+{address}" in install.partition(magic)[2]
+    # Where the package is, nothing is installed.
+    exec(install.replace(magic, "    raise AssertionError #"))
+
+
+def cells_of(notebook):
+    cells = json.loads(notebook)["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]

@@ -4,11 +4,14 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import tomllib
+from importlib import metadata
 
 import keras
 import pytest
 
 import keras_vera
+from keras_vera import _version
 
 
 def run(script):
@@ -54,6 +57,31 @@ def test_import_is_light():
     assert "keras_hub" not in modules
 
 
+PYPROJECT = pathlib.Path(__file__).parent.parent / "pyproject.toml"
+
+
+@pytest.fixture
+def not_installed(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+def test_source_tree_that_is_not_installed_has_a_version(not_installed):
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    assert _version.version() == project["version"]
+
+
+def test_folder_without_a_version_says_how_to_install(
+    not_installed, monkeypatch, tmp_path
+):
+    file = tmp_path / "keras_vera" / "_version.py"
+    monkeypatch.setattr(_version, "__file__", str(file))
+    with pytest.raises(ImportError, match="pip install -e"):
+        _version.version()
+
+
 # Each folder imports from those before it; see CONTRIBUTING.md.
 FOLDERS = ["_keras", "product", "layers", "model", "files", "peft", "bank"]
 
@@ -63,6 +91,7 @@ def test_folders_import_one_way():
     assert {path.parent.name for path in root.glob("*/*.py")} == {*FOLDERS}
     for path in root.glob("*/*.py"):
         allowed = FOLDERS[: FOLDERS.index(path.parent.name) + 1]
+        allowed = [*allowed, "_version"]
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]

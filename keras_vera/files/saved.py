@@ -1,12 +1,11 @@
 """What an adapter file holds of a model."""
 
-from importlib import metadata
-
 import keras
 from keras import backend
 from keras import ops
 
 from keras_vera import _keras
+from keras_vera._version import version
 from keras_vera.files import format as adapter_format
 from keras_vera.layers._base_layer import kernel_dtype
 from keras_vera.layers._base_layer import kernel_shape
@@ -19,7 +18,7 @@ from keras_vera.model.frozen import state_of
 from keras_vera.product.projection import EXPLICIT
 from keras_vera.product.projection import pair_sha256
 
-_VERSION = metadata.version("keras_vera")
+_VERSION = version()
 
 # What a projection is made from.
 PAIR = ("rank", "seed", "structure")
