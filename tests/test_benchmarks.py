@@ -150,3 +150,31 @@ def test_bank():
     assert flops == [(n, "1.0000") for n in ("1", "4", "16")] * 2
     assert ("16 adapters" in peft) == (backend() == "torch")
     assert re.search(r"^ +20 adapters: opened in ", output, re.M)
+
+
+def test_folder():
+    """Two writers and a reader for some seconds; every answer is checked."""
+    output = subprocess.check_output(
+        [
+            *(sys.executable, FOLDER / "folder.py", "--minutes", "0.1"),
+            *("--readers", "1", "--names", "3", "--capacity", "3"),
+        ],
+        text=True,
+    )
+    assert re.search(r"^[1-9]\S* versions .*; [1-9]\S* answers", output, re.M)
+    assert "wrong: 0, lost: 0" in output
+
+
+def test_serve():
+    output = subprocess.check_output(
+        [
+            *(sys.executable, FOLDER / "serve.py", "--server", "plain"),
+            *("--requests", "160", "--in_flight", "4", "--users", "8"),
+            *("--adapters", "10", "--distinct", "2", "--rounds", "8"),
+        ],
+        text=True,
+    )
+    counts = dict(re.findall(r"'([\w ]+)': (\d+)", output))
+    assert counts["all"] == "160" and counts["WRONG"] == "0"
+    assert all(int(counts[x]) for x in ("fixed", "unknown", "bad text"))
+    assert "requests/s" in output

@@ -1,4 +1,4 @@
-import os
+import functools
 import threading
 
 import keras
@@ -39,11 +39,10 @@ class AdapterBank:
     Heads are `Dense` layers. Adapters may have fewer classes than the head of
     `model`; the logits of the classes that an adapter has not are -1e9.
 
-    With a `folder`, which holds an adapter file for each name, the bank may
-    be much larger than the device's memory: adapters are read when a batch
-    needs them, and the least recently used make room. Every change is
-    written to the folder at once, and what other banks and processes write to
-    it is noticed before each batch.
+    With a `folder`, which holds an adapter file for each name, the bank may be
+    much larger than the device's memory: adapters are read when a batch needs
+    them, and the least recently used make room. Every change is written to it
+    at once, and what other processes write is noticed before each batch.
 
     Several threads may use one bank; its methods wait for each other. What
     the other methods do to `bank.model` and `model` directly is not guarded.
@@ -99,7 +98,6 @@ class AdapterBank:
                 model, files.variables, files.fresh, files.layers, capacity
             )
         self.model.set_classes([0], [files.classes])
-        folder = None if folder is None else os.fspath(folder)
         self._register = Register(folder)
         self._slots = Slots(self.model, files, self._register)
         self.model.adapters = self._slots
@@ -258,7 +256,7 @@ class AdapterBank:
         """
         check_integer("batch_size", batch_size, 1)
         kwargs = {"verbose": 0, **kwargs}
-        refused, unread = {}, {} if return_exceptions else None
+        refused, unread = None, {} if return_exceptions else None
         if return_exceptions:
             x, refused = rows.readable_inputs(self._base, x)
         data = data_of(self._base, x, adapters=adapters, has_targets=False)
@@ -278,10 +276,9 @@ class AdapterBank:
                 if not return_exceptions:
                     self._register.check_known(data.names)
                 outputs = []
+                bring = functools.partial(self._slots.bring, errors=unread)
                 for part, size in self._slots.parts(data.names, batch_size):
-                    inputs, *_ = data.part(
-                        part, lambda names: self._slots.bring(names, unread)
-                    )
+                    inputs, *_ = data.part(part, bring)
                     outputs.append(
                         self.model.predict(inputs, batch_size=size, **kwargs)
                     )
@@ -353,9 +350,9 @@ class AdapterBank:
             A `keras.callbacks.History`.
 
         Raises:
-            keras_vera.AdapterFileError: In the end, if an adapter was changed
-                or removed in the folder meanwhile. It stays as it was left;
-                the others are trained and written.
+            keras_vera.AdapterFileError: In the end, if others changed or
+                removed an adapter in the folder meanwhile. It stays as they
+                left it; all others are trained and written.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
         data.check_targets(self.model)
@@ -394,7 +391,7 @@ class AdapterBank:
             each prompt gets, or its exception.
         """
         check_can_generate(self._base, prompts)
-        refused, unread = {}, {} if return_exceptions else None
+        refused, unread = None, {} if return_exceptions else None
         if return_exceptions:
             prompts, refused = rows.readable_prompts(self._base, prompts)
         names = names_of(adapters, count_examples(prompts))

@@ -89,7 +89,11 @@ class Folder:
         """
         files = {self.file(name): x for name, x in contents.items()}
         new = {}
-        with disk.written(files) as temporaries, self._changing():
+        with (
+            disk.written(files) as temporaries,
+            disk.errors_about(self.path, "could not be changed"),
+            disk.changing(self.path),
+        ):
             for name in contents:
                 temporary, version = temporaries[self.file(name)]
                 if self.version(name) == versions[name]:
@@ -109,7 +113,7 @@ class Folder:
 
     @contextlib.contextmanager
     def _changing(self):
-        """As `disk.changing`; other errors than those of names are one."""
+        """As `disk.changing`; an error that is not of a name says so."""
         try:
             with disk.changing(self.path):
                 yield

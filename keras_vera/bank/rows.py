@@ -38,7 +38,7 @@ def _readable(texts, preprocess):
         that it stays as long as it was; and a dict of errors by row.
     """
     errors = {
-        row: TypeError(
+        row: ValueError(
             "A text must be a string. Received: a value of type "
             f"{type(text).__name__}"
         )
@@ -50,7 +50,8 @@ def _readable(texts, preprocess):
         for row in rows:
             error = _error_of(preprocess, [texts[row]])
             if error is not None:
-                errors[row] = error
+                errors[row] = ValueError("The preprocessor refuses this text.")
+                errors[row].__cause__ = error
     good = [row for row in rows if row not in errors]
     return [
         texts[row] if row not in errors else texts[good[0]] if good else ""

@@ -49,6 +49,8 @@ def errors_about(filepath, what):
     """Turns what goes wrong inside into an error that names the file."""
     try:
         yield
+    except AdapterFileError:
+        raise
     except (
         OSError,
         ValueError,
@@ -97,9 +99,9 @@ def write_files(contents):
     Args:
         contents: Dict of bytes by path.
     """
+    folder = os.path.dirname(next(iter(contents))) or "."
     with written(contents) as temporaries:
-        folder = os.path.dirname(next(iter(contents)))
-        with changing(folder or "."):
+        with errors_about(folder, "could not be changed"), changing(folder):
             for filepath, (temporary, _) in temporaries.items():
                 with errors_about(filepath, "could not be written"):
                     os.replace(temporary, filepath)

@@ -492,6 +492,40 @@ def test_dict_inputs_of_texts(tmp_path):
     )
 
 
+def test_texts_that_are_none_fail_alone(tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *"abcdefgh"]
+    task = make_task("bert")
+    task = type(task)(
+        backbone=task.backbone,
+        num_classes=3,
+        dropout=0.0,
+        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
+            keras_hub.models.BertTokenizer(vocabulary=words), sequence_length=6
+        ),
+    )
+    keras_vera.enable_vera(task, rank=4)
+    bank = keras_vera.AdapterBank(task, capacity=2)
+    randomize(task, 1)
+    keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")
+    bank.load("a", tmp_path / "a.vera.safetensors")
+    texts = [7, "a b c", "b", "\ud800", None, "d h"]
+    names = ["a", "a", "nobody", "a", None, None]
+    answers = bank.predict(texts, names, return_exceptions=True)
+    expected = bank.predict(["a b c", "d h"], ["a", None])
+    for row, error in ((0, "a string"), (3, "refuses"), (4, "a string")):
+        assert isinstance(answers[row], ValueError)
+        assert error in str(answers[row])
+    assert "no adapter named 'nobody'" in str(answers[2])
+    for row, right in zip((1, 5), expected):
+        assert largest_difference(answers[row], right) < ROUNDING
+    # Where none is left.
+    answers = bank.predict([7, ["b"]], ["a", None], return_exceptions=True)
+    assert [type(answer) for answer in answers] == [ValueError] * 2
+    with pytest.raises(ValueError, match="1 names for 2 examples"):
+        bank.predict(["a", 7], ["a"], return_exceptions=True)
+
+
 # ---- Heads of different size.
 
 

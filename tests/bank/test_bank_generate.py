@@ -181,6 +181,15 @@ def test_texts(tmp_path):
     with keras_vera.base_model(task):
         assert found[1] == task.generate(prompts, **settings)[1]
     assert found[0] != found[1]
+    answers = bank.generate(
+        ["ab", 7, "ab", "ab"],
+        ["a", "a", "nobody", None],
+        return_exceptions=True,
+        **settings,
+    )
+    assert (answers[0], answers[3]) == tuple(found)
+    assert isinstance(answers[1], ValueError)
+    assert "no adapter named 'nobody'" in str(answers[2])
     with pytest.raises(ValueError, match="1 names for 2 examples"):
         bank.generate(prompts, ["a"])
     with pytest.raises(ValueError, match="`prompts` must be a list"):

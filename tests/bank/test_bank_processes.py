@@ -111,7 +111,7 @@ def test_training_is_noticed(two, outputs, x, tmp_path):
     writer, reader = two
     assert_right(reader, outputs, x, ["ann", "bob"])
     compile_bank(writer, keras.optimizers.SGD(0.5))
-    writer.fit(x[:2], [1, 2], adapters=["ann", "eve"], verbose=0)
+    writer.fit(x[:2], np.array([1, 2]), adapters=["ann", "eve"], verbose=0)
     trained = {n: folder_of(writer) / f"{n}{ENDING}" for n in NAMES[:3]}
     now = alone(trained, x)
     assert largest_difference(now["ann"], outputs["ann"]) > banks.DIFFERENT
@@ -172,7 +172,7 @@ def test_a_file_is_opened_once(two, originals, opened, x, tmp_path):
     assert opened(originals["zoe"]) == 1
     keras_vera.load_adapter(make_classifier(), originals["bob"])
     assert opened(originals["bob"]) == 1
-    both = {originals["ann"]: 1.0, originals["eve"]: 1.0}
+    both = {originals["ann"]: 0.5, originals["eve"]: 0.5}
     keras_vera.combine(both, tmp_path / f"both{ENDING}", method="nearest")
     assert opened(originals["ann"]) == opened(originals["eve"]) == 1
 
@@ -284,7 +284,7 @@ def test_what_changes_while_fit_trains_it(two, originals, x, change):
     with pytest.raises(AdapterFileError, match=r"while `fit` .*\['bob'\]"):
         trainer.fit(
             x[:3],
-            [1, 2, 3],
+            np.array([1, 2, 3]),
             adapters=["ann", "bob", "eve"],
             callbacks=[Change()],
             verbose=0,
@@ -300,16 +300,16 @@ def test_what_changes_while_fit_trains_it(two, originals, x, change):
     for bank in two:
         assert_right(bank, alone(files, x), x, [*trainer.names, None])
     # And so it can be trained again.
-    trainer.fit(x[:1], [1], adapters=[trainer.names[-2]], verbose=0)
+    trainer.fit(x[:1], np.array([1]), adapters=[trainer.names[-2]], verbose=0)
 
 
 def test_a_bank_does_not_take_its_own_training_for_a_change(two, x):
     bank, _ = two
     compile_bank(bank, keras.optimizers.SGD(0.5, momentum=0.9))
-    bank.fit(x[:1], [1], adapters=["ann"], verbose=0)
+    bank.fit(x[:1], np.array([1]), adapters=["ann"], verbose=0)
     steps = bank.model.row_steps().sum()
     for _ in range(2):
-        bank.fit(x[:1], [1], adapters=["ann"], verbose=0)
+        bank.fit(x[:1], np.array([1]), adapters=["ann"], verbose=0)
     # A file that is read again begins with new state of the optimizer.
     assert bank.model.row_steps().sum() == 3 * steps
 
@@ -359,7 +359,7 @@ def test_what_else_is_in_a_folder(two, originals, outputs, x):
     assert bank.names == [*NAMES[:3], "\ud800"]
     answers = bank.predict(x[:1], ["\ud800"])
     assert largest_difference(answers, outputs["zoe"][:1]) < ROUNDING
-    with pytest.raises(AdapterFileError, match="could not be written"):
+    with pytest.raises(AdapterFileError, match="name too long"):
         bank.add("x" * 300)
 
 
