@@ -234,6 +234,7 @@ def read_header(filepath):
                 "its metadata has no JSON object named 'keras_vera'."
             )
         header = parsed(metadata[_HEADER])
+        _check_text(header)
         _check_header(header, entries)
         paths = sorted(
             name[: -len(_VECTOR)].rstrip("/")
@@ -285,6 +286,14 @@ def parsed(text):
         raise ValueError(f"its header holds {constant}.")
 
     return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
+
+
+def _check_text(header):
+    """Raises for halves of characters, which JSON can hold and nobody print."""
+    try:
+        json.dumps(header, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its header has text that is no Unicode.") from None
 
 
 def _check_header(header, entries):

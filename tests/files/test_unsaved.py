@@ -110,6 +110,14 @@ def test_damaged_fingerprints_are_refused(value, saved, path):
         keras_vera.load_adapter(make_model()[0], path)
 
 
+@pytest.mark.parametrize("name", ["outside", "trained", "unsaved", "targets"])
+def test_half_a_character_is_refused(name, saved, path):
+    header, tensors = read(path)
+    write(path, {**header, name: ["\ud800"]}, tensors)
+    with pytest.raises(AdapterFileError, match="no Unicode"):
+        keras_vera.load_adapter(make_model()[0], path)
+
+
 @pytest.mark.in_turn
 def test_bank_refuses_them_as_well(saved, path):
     for name in (None, "plain/bias", "head/kernel"):
