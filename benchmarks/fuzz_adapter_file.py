@@ -10,6 +10,9 @@ dead process, is a finding.
 
 import argparse
 import collections
+import contextlib
+import hashlib
+import io
 import json
 import os
 import pathlib
@@ -21,11 +24,15 @@ import time
 import numpy as np
 
 from keras_vera import AdapterFileError
+from keras_vera import __main__ as command
 from keras_vera.files import format as adapter_format
 
 
 def original(folder):
-    """Returns the bytes of a small adapter: two layers, a head, A and B."""
+    """Returns the bytes of a small adapter: two layers, a head, A and B.
+
+    A part of the base trains, and there are layers outside it.
+    """
     path = os.path.join(folder, "original.vera.safetensors")
     rng = np.random.default_rng(0)
     layer = {
@@ -48,8 +55,12 @@ def original(folder):
             "backbone/value": {**layer, "output_offset": 6},
         },
         "projection_sha256": "0" * 64,
+        "outside": ["backbone/added"],
+        "trained": ["backbone/norm/gamma", "backbone/norm/beta"],
+        "unsaved": ["0123456789ab" * 3, "ba9876543210"],
     }
-    shapes = {"head/kernel": (6, 3)}
+    shapes = {"head/kernel": (6, 3), "backbone/added/bias": (3,)}
+    shapes.update(dict.fromkeys(header["trained"], (6,)))
     shapes.update(vera_kernel_a=(8, 4), vera_kernel_b=(4, 12))
     for path_of_layer in header["layers"]:
         for name, size in (("vera_lambda_d", 4), ("vera_lambda_b", 6)):
@@ -126,7 +137,69 @@ def change_the_index(content, rng):
     )
 
 
+def change_the_header(content, rng):
+    """Changes what the package itself says of a file, as JSON in JSON.
+
+    The checksum is made to fit, so that a reader has to notice by the rest.
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    index = json.loads(bytes(content[8 : 8 + length]))
+    header = json.loads(index["__metadata__"]["keras_vera"])
+    name = rng.choice([*_PATHS, *_PATHS, *header])
+    value = header.get(name)
+    if name in _PATHS and rng.random() < 0.7:
+        value = [*value]
+        place = rng.randrange(len(value) + 1)
+        value[place : place + rng.randrange(2)] = [rng.choice(_VALUES)]
+    else:
+        value = rng.choice(_VALUES)
+    header[name] = value
+    index["__metadata__"]["keras_vera"] = json.dumps(
+        header, separators=(",", ":")
+    )
+    text = json.dumps(index).encode()
+    content[:] = sealed(
+        struct.pack("<Q", len(text)) + text + bytes(content[8 + length :]),
+        header,
+    )
+
+
+def sealed(content, header):
+    """Returns the bytes with the checksum that belongs to them."""
+    digest = header.get("sha256")
+    if not isinstance(digest, str) or len(digest) != 64:
+        return content
+    digest = digest.encode()
+    blank = content.replace(digest, b"0" * 64, 1)
+    right = hashlib.sha256(blank).hexdigest().encode()
+    return content.replace(digest, right, 1)
+
+
+_PATHS = ("bases", "outside", "trained", "unsaved")
+_VALUES = [
+    None,
+    [],
+    {},
+    "",
+    "x",
+    "backbone",
+    "backbone/query",
+    "backbone/query/vera_lambda_d",
+    "backbone/norm/gamma",
+    "../../etc",
+    "/" * 1000,
+    "a" * 12,
+    "\0",
+    "\ud800",
+    -1,
+    2**70,
+    1.5,
+    True,
+    [[]],
+    ["x", 1],
+]
 MUTATIONS = [
+    change_the_header,
     flip_bits,
     set_bytes,
     truncate,
@@ -138,13 +211,43 @@ MUTATIONS = [
 ]
 
 
+def read(path):
+    try:
+        adapter_format.read(path)
+        return "read"
+    except AdapterFileError:
+        return "refused"
+    except Exception as error:
+        return f"ANOTHER ERROR, {type(error).__name__}"
+
+
+def inspect(path, outcome):
+    """Says what `python -m keras_vera inspect` does with a file."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as output,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        try:
+            code = command.main(["inspect", path, "--verify"]) or 0
+        except SystemExit as error:
+            code = error.code
+        except Exception as error:
+            return f"ANOTHER ERROR, {type(error).__name__}"
+    if (code == 0) != outcome.endswith("read"):
+        return f"ANOTHER CODE, {code}"
+    with contextlib.suppress(UnicodeEncodeError):
+        output.getvalue().encode()
+        return f"code {code}"
+    return "NOT PRINTABLE"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    counts = collections.Counter()
+    counts, inspected = collections.Counter(), collections.Counter()
     start = time.perf_counter()
     # In memory where there is such a folder.
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -157,19 +260,21 @@ def main():
             mutation(content, rng)
             with open(path, "wb") as file:
                 file.write(content)
-            try:
-                adapter_format.read(path)
+            outcome = read(path)
+            if outcome == "read":
                 same = content == unchanged
                 outcome = "unchanged, read" if same else "CHANGED, READ"
-            except AdapterFileError:
-                outcome = "refused"
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                outcome = f"ANOTHER ERROR, {type(error).__name__}"
+                if mutation is change_the_header:
+                    # Its checksum fits: such a file may say something else.
+                    outcome = "sealed, read"
             counts[mutation.__name__, outcome] += 1
+            # It reads the same file, and shows what of the header is right.
+            if mutation is change_the_header:
+                inspected[inspect(path, outcome)] += 1
     for (mutation, outcome), count in sorted(counts.items()):
         print(f"{mutation:22}{outcome:24}{count:>10,}")
+    for outcome, count in sorted(inspected.items()):
+        print(f"{'inspect':22}{outcome:24}{count:>10,}")
     seconds = time.perf_counter() - start
     print(f"{sum(counts.values()):,} files in {seconds:.0f} s")
 

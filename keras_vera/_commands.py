@@ -85,6 +85,12 @@ def _inspect_lines(found):
         yield f"  {name + ':':16}{value}"
     if found["trained"]:
         yield f"  trained in full, in the base: {', '.join(found['trained'])}"
+    if found["unsaved"]:
+        base, outside = found["unsaved"]
+        yield (
+            f"  fingerprints of {base} more layers of the base, and {outside} "
+            "outside it"
+        )
     yield "  layers, with shape, dtype and fingerprint of their base kernels:"
     for path, layer in layers.items():
         shape = "x".join(map(str, layer["kernel_shape"]))

@@ -196,6 +196,7 @@ def _header_in(file, size):
     if not isinstance(metadata, dict) or _HEADER not in metadata:
         raise ValueError("its metadata has no JSON object named 'keras_vera'.")
     header = parsed(metadata[_HEADER])
+    _check_text(header)
     _check_header(header)
     paths = sorted(
         name[: -len(_VECTOR)].rstrip("/")
@@ -278,6 +279,14 @@ def parsed(text):
         raise ValueError(f"its header holds {constant}.")
 
     return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
+
+
+def _check_text(header):
+    """Raises for halves of characters, which JSON can hold and nobody print."""
+    try:
+        json.dumps(header, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its header has text that is no Unicode.") from None
 
 
 def _check_header(header):

@@ -12,6 +12,7 @@ from keras import layers
 
 import keras_vera
 from keras_vera import AdapterFileError
+from keras_vera import __main__ as command
 
 
 def make_model(classes=3):
@@ -107,6 +108,20 @@ def test_damaged_fingerprints_are_refused(value, saved, path):
     header, tensors = read(path)
     write(path, {**header, "unsaved": value}, tensors)
     with pytest.raises(AdapterFileError, match="unsaved="):
+        keras_vera.load_adapter(make_model()[0], path)
+
+
+def test_inspect_counts_the_fingerprints(saved, path, capsys):
+    command.main(["inspect", str(path)])
+    expected = "fingerprints of 3 more layers of the base, and 1 outside it"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["outside", "trained", "unsaved", "targets"])
+def test_half_a_character_is_refused(name, saved, path):
+    header, tensors = read(path)
+    write(path, {**header, name: ["\ud800"]}, tensors)
+    with pytest.raises(AdapterFileError, match="no Unicode"):
         keras_vera.load_adapter(make_model()[0], path)
 
 
