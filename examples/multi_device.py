@@ -1,5 +1,17 @@
 """
-# One adapter on several devices
+Title: One adapter on several devices
+
+Author: the keras_vera authors
+
+Date created: 2026/11/25
+
+Last modified: 2026/11/25
+
+Description: Train an adapter data parallel or model parallel, use it anywhere.
+
+Accelerator: None
+
+## Introduction
 
 On JAX, Keras spreads a model over devices: its examples (`--parallel data`), or
 its kernels (`--parallel model`). We're going to
