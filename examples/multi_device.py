@@ -1,3 +1,4 @@
+# %% [markdown]
 """
 Title: One adapter on several devices
 
@@ -25,6 +26,7 @@ its kernels (`--parallel model`). We're going to
 The order matters: first the distribution, then the model, then `enable_vera`.
 """
 
+# %%
 import argparse
 import os
 
@@ -49,6 +51,7 @@ import numpy as np
 
 import keras_vera
 
+# %% [markdown]
 """
 ## The model and the data
 
@@ -56,6 +59,7 @@ A small Llama with random weights, which learns to count. With a preset, it
 would be `keras_hub.models.LlamaBackbone.from_preset(...)`.
 """
 
+# %%
 SETTINGS = {
     "vocabulary_size": 64,
     "num_query_heads": 8,
@@ -81,6 +85,7 @@ tokens = ((starts + np.arange(17)) % 64).astype("int32")
 x = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((64, 16), "int32")}
 y = tokens[:, 1:]
 
+# %% [markdown]
 """
 ## The distribution
 
@@ -89,6 +94,7 @@ with one block tells it for all. Each device gets a part of each kernel, of `A`
 and of `B`.
 """
 
+# %%
 devices = keras.distribution.list_devices()
 if args.parallel == "data":
     distribution = keras.distribution.DataParallel(devices=devices)
@@ -102,10 +108,12 @@ else:
         batch_dim_name="batch",
     )
 
+# %% [markdown]
 """
 ## Training
 """
 
+# %%
 path = os.path.join(tempfile.mkdtemp(), "count.vera.safetensors")
 with distribution.scope():
     model = make_model()
@@ -125,12 +133,14 @@ total = sum(v.value.nbytes for v in model.variables)
 on_one = sum(map(held, model.variables))
 print(f"{len(devices)} devices; {on_one:,} of {total:,} bytes on each")
 
+# %% [markdown]
 """
 ## On one device
 
 The file is the same, whatever it was trained on.
 """
 
+# %%
 one = make_model()
 keras_vera.load_adapter(one, path)
 difference = np.abs(one.predict(x, verbose=0) - outputs).max()
