@@ -124,8 +124,10 @@ def layout_map(
     for key, axes in _by_pattern(vectors).items():
         layouts[key] = axes
     if capacity is not None:
+        # A `LayoutMap` says of every key that it is in it.
+        taken = set(layouts)
         for key, axes in _by_pattern(stacks).items():
-            if key not in layouts:
+            if key not in taken:
                 layouts[key] = axes
     return layouts
 

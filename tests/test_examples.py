@@ -62,6 +62,11 @@ def image_classification_resnet(folder):
     image_classification(folder, "resnet")
 
 
+def multi_device(folder):
+    table = run("multi_device", "--parallel model --epochs 1 --rank 8", folder)
+    assert "8 devices; " in table and "Largest difference" in table
+
+
 def check_files(folder, *pictures, adapters=2):
     for picture in pictures:
         assert (folder / f"{picture}.png").stat().st_size > 10_000
@@ -73,6 +78,7 @@ RUNS = [
     image_classification_resnet,
     image_classification,
     text_classification,
+    multi_device,
 ]
 
 

@@ -55,12 +55,17 @@ def is_in_other_strategy(layer):
 def check_made_here(variable, owner):
     """Raises for a variable that is older than the distribution it is used in.
 
+    That is in compiled functions, which take no variables of one device there.
     Relies on `_layout`, which Keras sets where a distribution is active.
     """
     if _BACKEND != "jax" or variable._layout is not None:
         return
     distribution = keras.distribution.distribution()
-    if distribution is not None and distribution.device_mesh.devices.size > 1:
+    if (
+        distribution is not None
+        and distribution.device_mesh.devices.size > 1
+        and is_tracing_jax()
+    ):
         raise ValueError(
             f"Layer '{owner.name}' is used with the distribution "
             f"{distribution!r}, but was made and adapted without it, on one "
@@ -68,6 +73,16 @@ def check_made_here(variable, owner):
             "or make the model, call `enable_vera` and train in "
             "`with distribution.scope():`."
         )
+
+
+def is_tracing_jax():
+    """Says whether JAX is tracing a function just now."""
+    if _BACKEND != "jax":
+        return False
+    # `jax.core` has no name for it.
+    from jax._src.core import trace_state_clean
+
+    return not trace_state_clean()
 
 
 def check_layout(path, shape):

@@ -8,6 +8,7 @@ import numpy as np
 from keras.src import backend
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from keras_vera._keras.devices import is_tracing_jax
 from keras_vera._keras.devices import placed
 
 
@@ -77,19 +78,10 @@ def reading_place():
         return True if in_stateless_scope() else None
     if keras.backend.backend() == "jax":
         is_alone = (
-            in_stateless_scope() or _is_tracing_jax() or _is_in_step_of_jax()
+            in_stateless_scope() or is_tracing_jax() or _is_in_step_of_jax()
         )
         return True if is_alone else None
     return True
-
-
-def _is_tracing_jax():
-    if keras.backend.backend() != "jax":
-        return False
-    # `jax.core` has no name for it.
-    from jax._src.core import trace_state_clean
-
-    return not trace_state_clean()
 
 
 def _is_in_step_of_jax():
@@ -187,7 +179,7 @@ def stored_value(variable):
 
 def as_value(variable, array):
     """Returns an array in the form that `variable.value` has."""
-    if not _is_tracing_jax():
+    if not is_tracing_jax():
         array = placed(variable, np.asarray(array))
     tensor = backend.convert_to_tensor(array, dtype=variable._dtype)
     return variable._maybe_autocast(tensor)

@@ -32,6 +32,7 @@ def make_distribution():
         layouts[".*up/vera_lambda_b"] = ("model",)
         layouts["vera_projection/vera_kernel_a"] = ("model", None)
         layouts["vera_projection/vera_kernel_b"] = (None, "model")
+        layouts["layers/.*/vera_lambda_."] = ("model", None)
     return distribution.ModelParallel(
         layout_map=layouts, auto_shard_dataset=False
     )
@@ -73,6 +74,10 @@ if what == "data":
         alone = f"{folder}/alone.vera.safetensors"
         keras_vera.save_adapter(model, alone)
         assert digest(alone) == digest(own)
+    score = model.evaluate(
+        tiny_model.x[rows], tiny_model.y[rows], batch_size=8, verbose=0
+    )
+    print("score", score)
 else:
     if number == 0:
         raises_alone(lambda: keras_vera.save_adapter(model, own))
@@ -90,7 +95,20 @@ else:
     keras_vera.load_adapter(model, own)
     again = model.predict(tiny_model.x, verbose=0)
     np.testing.assert_array_equal(again, adapted)
-    keras_vera.load_adapter(model, own)
+    # Adapters in a bank.
+    bank = keras_vera.AdapterBank(model, capacity=7)
+    bank.add("fresh")
+    bank.load("own", own)
+    names = ["own"] * 8 + ["fresh"] * 8
+    outputs = bank.predict(tiny_model.x, names)
+    np.testing.assert_allclose(outputs[:8], adapted[:8], atol=1e-6)
+    np.testing.assert_allclose(outputs[8:], base[8:], atol=1e-6)
+    bank.model.compile(keras.optimizers.Adam(0.01), "mse")
+    bank.fit(
+        tiny_model.x, tiny_model.y, adapters=names, batch_size=16, verbose=0
+    )
+    bank.save("fresh", own)
+    print("bank", digest(own))
     keras_vera.merge(model)
     merged = model.predict(tiny_model.x, verbose=0)
     np.testing.assert_allclose(merged, adapted, atol=1e-5)

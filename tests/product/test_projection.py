@@ -228,6 +228,16 @@ def test_enough_space_changes_nothing():
     assert projection.vera_kernel_a is not a and projection.vera_kernel_b is b
 
 
+@pytest.mark.parametrize("chunk", [16, 1 << 16])
+def test_parts_are_those_of_the_whole(monkeypatch, chunk):
+    monkeypatch.setattr(random, "_CHUNK", chunk)
+    whole = unit_uniform(5, 1, 9 * 7).reshape(9, 7)
+    for rows in (slice(0, 9), slice(3, 8), slice(4, 4)):
+        for columns in (slice(0, 7), slice(2, 5), slice(6, 7)):
+            part = random.unit_uniform_rows(5, 1, 7, rows, columns)
+            np.testing.assert_array_equal(part, whole[rows, columns])
+
+
 def test_entries_are_uniform_with_unit_variance():
     for x in make_pair(400, 500, rank=64, seed=3):
         # Five standard errors of the mean, and of the variance: for uniform
