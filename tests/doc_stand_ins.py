@@ -1,17 +1,16 @@
 """What stands in for downloads and data when the pages' code runs.
 
 Presets are tiny models of the same classes, with tokenizers of a few letters;
-the Hugging Face Hub is a folder.
+the Hugging Face Hub is a folder. What not all of them need is imported late:
+`.ci/try_wheel.py` runs in an environment with little in it.
 """
 
 import io
 
 import keras_hub
 import numpy as np
-import sentencepiece
 from helpers import spoil
 from hub_models import randomize
-from hub_stand_in import Hub
 
 import keras_vera
 
@@ -71,6 +70,8 @@ def text_classifier(preset, num_classes):
 
 
 def causal_lm(preset):
+    import sentencepiece
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
@@ -129,6 +130,8 @@ def install(monkeypatch, folder):
         monkeypatch.setattr(
             getattr(keras_hub.models, name), "from_preset", make
         )
+    from hub_stand_in import Hub
+
     Hub(folder / "hub").install(monkeypatch)
 
 
