@@ -31,6 +31,8 @@ ELSEWHERE = {
         "keras_hub.src.models.gemma4.gemma4_causal_lm",
         None,
     ),
+    "_initialize_layout": ("keras.src.backend.jax.core", "jax"),
+    "_module_state_mapping": ("torch.distributed._composable_state", "torch"),
     "_DefaultDistributionStrategy": (
         "tensorflow.python.distribute.distribute_lib",
         "tensorflow",
@@ -100,6 +102,7 @@ def private_names():
         and name.isidentifier()
         and name.startswith("_")
         and not name.startswith("__")
+        and not name.startswith("_vera")  # Our own.
         and name != "_"
     )
 
