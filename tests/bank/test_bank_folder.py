@@ -106,7 +106,7 @@ def test_opening_reads_no_adapter(folder_of_all, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("read a file")
 
-    monkeypatch.setattr(keras_vera.files.format, "read", refuse)
+    monkeypatch.setattr(keras_vera.files.format, "opened", refuse)
     assert len(open_bank(folder_of_all)) == 8
 
 
