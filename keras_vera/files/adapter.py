@@ -29,7 +29,11 @@ def save_adapter(model, filepath, dtype="float32"):
 
     The file holds every trainable variable of `model`, and the state (such as
     moving averages) of the layers that train in full, outside the base or by
-    `train` of `enable_vera`, each under its structural path. The header says
+    `train` of `enable_vera`, each under its structural path. Outside the base
+    it also holds layers that have only state, and those that are frozen and
+    have moved, or been made, since `enable_vera`, such as a head that trained
+    first. What it does not hold has a fingerprint, and loading raises where
+    the base is another one. The header says
     how to make the rest: rank, seed and hash of the random matrices, the
     adapted layers and a fingerprint of their kernels. It is written beside
     its destination first and then renamed, so a failure leaves an old file as

@@ -45,7 +45,9 @@ def enable_vera(
     and their statistics, whatever `trainable` is set to afterwards. Layers of
     the base that keep state, such as `BatchNormalization`, run in inference
     mode, and what a layer assigns to its variables in a call has no effect.
-    The base is the backbone
+    (A layer with state of its own, above one that drops out or trains, has to
+    be told that it trains: it computes as in training, by its batch if it
+    does so, and its state stays as it was.) The base is the backbone
     of a KerasHub task (or of any model with a `backbone` attribute, or that
     has KerasHub backbones among its layers), otherwise the whole model. What
     lies outside the base, such as a new task head, stays as trainable as it

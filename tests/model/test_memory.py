@@ -55,7 +55,8 @@ def use(model, x, y, cycle):
     if not model.compiled:
         # XLA takes long, and keeps nothing of a model.
         jit = keras.backend.backend() == "jax"
-        model.compile("adam", "mse", jit_compile=jit)
+        optimizer = keras.optimizers.SGD(momentum=0.9)
+        model.compile(optimizer, "mse", jit_compile=jit)
     if cycle % 10 == 0:
         model.predict(x, verbose=0)
         model.fit(x, y, verbose=0)
