@@ -41,9 +41,10 @@ ROWS = [
     Row(width=128),
     Row(blocks=4),
     Row(every=4),
-    Row(steps=800),
-    Row(steps=800, rank=256),
-    Row(steps=800, every=4),
+    Row(layers=2, rank=256),
+    Row(layers=2, steps=800),
+    Row(layers=2, steps=800, rank=256),
+    Row(layers=2, steps=3200),
 ]
 
 

@@ -95,8 +95,9 @@ def test_state_is_that_of_the_vectors(data):
     assert sum(np.prod(v.shape) for v in state) == 2 * trained
 
 
-def test_state_survives_saving(tmp_path, data):
-    model = make_model()
+@pytest.mark.parametrize("d_initial", [0.1, 1.0])
+def test_state_survives_saving(tmp_path, data, d_initial):
+    model = make_model(d_initial=d_initial)
     model.compile(keras_vera.vera_optimizer(), "mse")
     model.fit(*data, verbose=0)
     config = model.optimizer.get_config()
