@@ -1,3 +1,4 @@
+import math
 import numbers
 
 import keras
@@ -6,8 +7,8 @@ from keras_vera import _keras
 from keras_vera.product.checks import check_integer
 
 _VECTORS = r"(.*/)?vera_lambda_[db]"
-_RATE = 3e-2
-_REST_RATE = 3e-3
+_RATE = 0.03
+_REST_RATE = 0.003
 # The share of the steps in which the rates rise.
 _WARMUP = 0.1
 
@@ -21,14 +22,15 @@ def vera_optimizer(vectors=None, rest=None, total_steps=None):
             high as `d` starts, and that of `b` as many times as low, with
             which they train in the same way. Or a Keras optimizer or its name,
             which trains `d` and `b` as it is, whatever `d_initial` is.
-            Defaults to 0.03.
+            Defaults to 0.03, or, with `total_steps`, to
+            `0.9 / sqrt(total_steps)` within 0.01 and 0.1.
         rest: Float, the learning rate of Adam for all other trained variables,
             such as a task head. Or a Keras optimizer or its name. Defaults to
             0.003.
         total_steps: Integer, how many steps will be made: epochs times
-            batches. What is given as a rate then rises to it in the first
-            tenth of these, and falls to 0 by a cosine. Defaults to `None`:
-            rates stay as they are.
+            batches. A rate, given or not, then rises to what it is in the
+            first tenth of these, and falls to 0 by a cosine, where it stays.
+            Defaults to `None`: rates stay as they are.
 
     Returns:
         A `keras.optimizers.MultiOptimizer`, for `model.compile`.
@@ -47,6 +49,9 @@ def vera_optimizer(vectors=None, rest=None, total_steps=None):
     )
     ```
 
+    `docs/rates.md` says where the defaults come from, and
+    `benchmarks/rates.py` and `benchmarks/rates_of_formula.py` measure them.
+
     With optimizers of your own:
 
     ```python
@@ -61,18 +66,18 @@ def vera_optimizer(vectors=None, rest=None, total_steps=None):
     )
     ```
     """
-    vectors = _checked("vectors", vectors, _RATE)
-    rest = _checked("rest", rest, _REST_RATE)
-    rates = [x for x in (vectors, rest) if isinstance(x, float)]
     if total_steps is not None:
         total_steps = check_integer("total_steps", total_steps, 1)
-        if not rates:
-            raise ValueError(
-                "`total_steps` is for learning rates that are given as "
-                "numbers, and both `vectors` and `rest` are optimizers. "
-                f"Received: total_steps={total_steps}. Give the optimizers "
-                "schedules, or leave `total_steps` out."
-            )
+    vectors = _checked("vectors", vectors, _default_rate(total_steps))
+    rest = _checked("rest", rest, _REST_RATE)
+    rates = [x for x in (vectors, rest) if isinstance(x, float)]
+    if total_steps is not None and not rates:
+        raise ValueError(
+            "`total_steps` is for learning rates that are given as numbers, "
+            "and both `vectors` and `rest` are optimizers. Received: "
+            f"total_steps={total_steps}. Give the optimizers schedules, or "
+            "leave `total_steps` out."
+        )
     if vectors is rest and not rates:
         raise ValueError(
             "`vectors` and `rest` must be two optimizers. "
@@ -109,6 +114,13 @@ class _MapByStart(keras.optimizers.OptimizerMap):
         if key not in list(self):
             self[key] = _scaled(optimizer, factor)
         return self[key]
+
+
+def _default_rate(total_steps):
+    """Returns the rate of the vectors: short runs want a higher one."""
+    if total_steps is None:
+        return _RATE
+    return min(max(0.9 / math.sqrt(total_steps), 0.01), 0.1)
 
 
 def _checked(name, value, default):

@@ -108,6 +108,17 @@ def test_plans(tmp_path):
     assert "tokens" in figure.read_text()
 
 
+def test_rates_of_formula():
+    output = subprocess.check_output(
+        [
+            *(sys.executable, FOLDER / "rates_of_formula.py"),
+            *("--rows", "3", "7", "--rates", "0.001", "0.1"),
+        ],
+        text=True,
+    )
+    assert len(re.findall(r"^Row\(.*: best 0.1 of ", output, re.M)) == 2
+
+
 def test_fuzz_adapter_file():
     output = subprocess.check_output(
         [sys.executable, FOLDER / "fuzz_adapter_file.py", "--files", "5000"],

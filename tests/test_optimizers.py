@@ -95,8 +95,9 @@ def test_state_is_that_of_the_vectors(data):
     assert sum(np.prod(v.shape) for v in state) == 2 * trained
 
 
-def test_state_survives_saving(tmp_path, data):
-    model = make_model()
+@pytest.mark.parametrize("d_initial", [0.1, 1.0])
+def test_state_survives_saving(tmp_path, data, d_initial):
+    model = make_model(d_initial=d_initial)
     model.compile(keras_vera.vera_optimizer(), "mse")
     model.fit(*data, verbose=0)
     config = model.optimizer.get_config()
@@ -240,7 +241,21 @@ def test_total_steps():
             part.iterations.assign(int(step))
             rate = float(ops.convert_to_numpy(part.learning_rate))
             assert rate == pytest.approx(peak * factor, rel=1e-5, abs=1e-9)
-    assert sorted(rates) == pytest.approx([REST_RATE, RATE / 10, RATE * 10])
+    rate = 0.1
+    assert sorted(rates) == pytest.approx([REST_RATE, rate / 10, rate * 10])
+
+
+@pytest.mark.parametrize(
+    "total_steps, rate",
+    [(20, 0.1), (81, 0.1), (900, 0.03), (8100, 0.01), (10**6, 0.01)],
+)
+def test_short_runs_have_higher_rates(total_steps, rate):
+    optimizer = keras_vera.vera_optimizer(total_steps=total_steps)
+    rates = [
+        part.get_config()["learning_rate"]["config"]["warmup_target"]
+        for part in optimizer.optimizers
+    ]
+    assert rates == pytest.approx([rate, REST_RATE])
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
@@ -249,7 +264,7 @@ def test_few_steps_train(data, total_steps):
     steps = moves(
         model, keras_vera.vera_optimizer(total_steps=total_steps), *data
     )
-    assert steps["vera_lambda_b"] == pytest.approx(RATE, rel=0.01)
+    assert steps["vera_lambda_b"] == pytest.approx(0.1, rel=0.01)
 
 
 @pytest.mark.parametrize(
