@@ -87,55 +87,70 @@ def layout_map(
     check_model(model)
     paths = base_paths(model, find_bases(model))
     adapted = resolve_targets(targets, exclude, 1, paths)
+    own = _of_model(model, paths, axis, parts, kernels)
+    layouts = keras.distribution.LayoutMap(mesh)
+    for key, axes in _of_pair(paths, adapted, axis, parts).items():
+        layouts[key] = axes
+    found = _of_vectors(paths, adapted, own)
+    if kernels is None:
+        found.update(own)
+    else:
+        for key in kernels:
+            layouts[key] = kernels[key]
+    if capacity is not None:
+        for path in adapted:
+            for name in ("vera_lambda_d", "vera_lambda_b"):
+                found.setdefault(f"{path}/{name}", (axis, None))
+    for key, axes in _by_pattern(found).items():
+        layouts[key] = axes
+    return layouts
+
+
+def _of_model(model, paths, axis, parts, kernels):
+    """Returns the axes of the variables of the model that are cut, by path."""
     found = {}
     if kernels is None:
         for path, cut in cuts(paths).items():
             found.update(_of_kernel(paths[path], cut, axis, parts))
-    else:
-        for variable in model.variables:
-            layout = kernels[variable.path]
-            if layout is not None:
-                found[variable.path] = layout.axes
-    vectors, stacks, dims = {}, {}, []
-    for path, layer in paths.items():
-        if path not in adapted:
-            continue
-        contraction = kind_of(type(layer))._make_contraction(layer)
-        dims.append((contraction.m, contraction.n))
-        own = found.get(stored_kernel(layer).path)
-        cut = _output_axis(contraction, own)
+        return found
+    for variable in model.variables:
+        layout = kernels[variable.path]
+        if layout is not None:
+            found[variable.path] = layout.axes
+    return found
+
+
+def _of_pair(paths, adapted, axis, parts):
+    """Returns the axes of A and B, as large as the layers need them."""
+    contractions = [_contraction(paths[path]) for path in adapted]
+    m, n = max(x.m for x in contractions), max(x.n for x in contractions)
+    found = {}
+    if m % parts == 0:
+        found["(.*/)?vera_projection/vera_kernel_a"] = (axis, None)
+    if n % parts == 0:
+        found["(.*/)?vera_projection/vera_kernel_b"] = (None, axis)
+    return found
+
+
+def _of_vectors(paths, adapted, own):
+    """Returns the axes of each b that goes with the outputs of its kernel."""
+    found = {}
+    for layer in (paths[path] for path in adapted):
+        axes = own.get(stored_kernel(layer).path)
+        cut = _output_axis(_contraction(layer), axes)
         if cut is not None:
-            vectors[f"{layer.path}/vera_lambda_b"] = (cut,)
-        for name in ("vera_lambda_d", "vera_lambda_b"):
-            stacks[f"{path}/{name}"] = (axis, None)
-    layouts = keras.distribution.LayoutMap(mesh)
-    m, n = map(max, zip(*dims))
-    for name, size, axes in (
-        ("vera_kernel_a", m, (axis, None)),
-        ("vera_kernel_b", n, (None, axis)),
-    ):
-        if size % parts == 0:
-            layouts[f"(.*/)?vera_projection/{name}"] = axes
-    if kernels is None:
-        vectors.update(found)
-    else:
-        for key in kernels:
-            layouts[key] = kernels[key]
-    for key, axes in _by_pattern(vectors).items():
-        layouts[key] = axes
-    if capacity is not None:
-        # A `LayoutMap` says of every key that it is in it.
-        taken = set(layouts)
-        for key, axes in _by_pattern(stacks).items():
-            if key not in taken:
-                layouts[key] = axes
-    return layouts
+            found[f"{layer.path}/vera_lambda_b"] = (cut,)
+    return found
+
+
+def _contraction(layer):
+    return kind_of(type(layer))._make_contraction(layer)
 
 
 def _of_kernel(layer, cut, axis, parts):
     """Yields the path and the axes of each variable of a layer that is cut."""
     kernel = stored_kernel(layer)
-    contraction = kind_of(type(layer))._make_contraction(layer)
+    contraction = _contraction(layer)
     inputs, outputs = _axes(contraction, len(kernel.shape))
     where = (outputs if cut == COLUMNS else inputs)[0]
     if kernel.shape[where] % parts:
