@@ -3,7 +3,10 @@ import keras
 _VECTORS = r"(.*/)?vera_lambda_[db]"
 
 
-def vera_optimizer(vectors=None, rest=None):
+def vera_optimizer(
+    vectors: keras.optimizers.Optimizer | str | None = None,
+    rest: keras.optimizers.Optimizer | str | None = None,
+) -> keras.optimizers.MultiOptimizer:
     """Returns an optimizer with a learning rate of their own for the vectors.
 
     The vectors of VeRA want a higher learning rate than a new task head, 3 to

@@ -49,7 +49,7 @@ def reset_compiled(layers):
 # Weak references to all models, by id: not a `WeakSet`, which asks models of
 # users whether they are equal. The garbage collector, which knows them as
 # well, does not list what `gc.freeze()` put aside.
-_models = {}
+_models: dict = {}
 
 
 def living_models():
