@@ -7,6 +7,7 @@ import warnings
 import keras
 
 from keras_vera import _keras
+from keras_vera._types import FilePath
 from keras_vera.bank.folder import Folder
 from keras_vera.bank.model import BankModel
 from keras_vera.bank.scores import Scores
@@ -55,17 +56,17 @@ class AdapterCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def __init__(
         self,
-        filepath,
-        monitor="val_loss",
-        verbose=0,
-        save_best_only=False,
-        mode="auto",
-        save_freq="epoch",
-        initial_value_threshold=None,
-    ):
-        filepath = check_filepath(filepath)
+        filepath: FilePath,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        initial_value_threshold: float | None = None,
+    ) -> None:
+        file = check_filepath(filepath)
         super().__init__(
-            filepath + ".weights.h5",  # The ending that Keras checks for.
+            file + ".weights.h5",  # The ending that Keras checks for.
             monitor=monitor,
             verbose=verbose,
             save_best_only=save_best_only,
@@ -74,7 +75,7 @@ class AdapterCheckpoint(keras.callbacks.ModelCheckpoint):
             save_freq=save_freq,
             initial_value_threshold=initial_value_threshold,
         )
-        self.filepath = filepath
+        self.filepath = file
 
     def set_model(self, model):
         if isinstance(model, keras.Layer):
@@ -144,14 +145,14 @@ class BestAdapters(keras.callbacks.Callback):
 
     def __init__(
         self,
-        monitor="loss",
-        mode="auto",
-        min_delta=0,
-        patience=None,
-        restore_best=True,
-        folder=None,
-        verbose=0,
-    ):
+        monitor: str = "loss",
+        mode: str = "auto",
+        min_delta: float = 0,
+        patience: int | None = None,
+        restore_best: bool = True,
+        folder: FilePath | None = None,
+        verbose: int = 0,
+    ) -> None:
         super().__init__()
         if mode not in ("auto", "min", "max"):
             raise ValueError(

@@ -13,7 +13,11 @@ _REST_RATE = 0.003
 _WARMUP = 0.1
 
 
-def vera_optimizer(vectors=None, rest=None, total_steps=None):
+def vera_optimizer(
+    vectors: keras.optimizers.Optimizer | float | str | None = None,
+    rest: keras.optimizers.Optimizer | float | str | None = None,
+    total_steps: int | None = None,
+) -> keras.optimizers.MultiOptimizer:
     """Returns an optimizer with learning rates of their own for the vectors.
 
     Args:

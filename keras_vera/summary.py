@@ -1,7 +1,9 @@
 import io
 import math
 import re
+from collections.abc import Callable
 
+import keras
 import ml_dtypes  # noqa: F401 - lets NumPy know bfloat16.
 import numpy as np
 import rich.box
@@ -23,7 +25,12 @@ from keras_vera.product.projection import EXPLICIT
 _LORA_RANK = 8
 
 
-def summary(model, line_length=None, expand_repeated=False, print_fn=None):
+def summary(
+    model: keras.Layer,
+    line_length: int | None = None,
+    expand_repeated: bool = False,
+    print_fn: Callable[[str], object] | None = None,
+) -> None:
     """Prints which layers of a model are adapted, and how many numbers train.
 
     Layers of equal kernel shape and rank, at equal places of repeated blocks,
@@ -78,12 +85,13 @@ def summary(model, line_length=None, expand_repeated=False, print_fn=None):
             f" Frozen matrices of layers that VeRA cannot adapt: {len(others)} "
             f"({', '.join(names)}{', ...' if len(rows) > len(shown) else ''})"
         )
+    text = io.StringIO()
     console = rich.console.Console(
-        file=io.StringIO(), width=line_length or 160, highlight=False
+        file=text, width=line_length or 160, highlight=False
     )
     for line in lines:
         console.print(line, markup=False)
-    (print_fn or print)(console.file.getvalue().rstrip())
+    (print_fn or print)(text.getvalue().rstrip())
 
 
 def _table(layers, expand_repeated):

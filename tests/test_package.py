@@ -91,7 +91,7 @@ def test_folders_import_one_way():
     assert {path.parent.name for path in root.glob("*/*.py")} == {*FOLDERS}
     for path in root.glob("*/*.py"):
         allowed = FOLDERS[: FOLDERS.index(path.parent.name) + 1]
-        allowed = [*allowed, "_version"]
+        allowed = [*allowed, "_types", "_version"]
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -114,6 +114,17 @@ PUBLIC = [
     keras_vera.layers.VeRAEinsumDense,
     keras_vera.callbacks.AdapterCheckpoint,
 ]
+
+
+@pytest.mark.parametrize("symbol", PUBLIC, ids=lambda s: s.__name__)
+def test_public_signatures_are_annotated(symbol):
+    if symbol is keras_vera.AdapterFileError:
+        return
+    signature = inspect.signature(symbol)
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not parameter.empty, parameter
+    if inspect.isfunction(symbol):
+        assert signature.return_annotation is not signature.empty
 
 
 @pytest.mark.parametrize("symbol", PUBLIC, ids=lambda s: s.__name__)

@@ -89,7 +89,7 @@ if keras.backend.backend() == "torch":
 # Weak references to all models, by id: not a `WeakSet`, which asks models of
 # users whether they are equal. The garbage collector, which knows them as
 # well, does not list what `gc.freeze()` put aside.
-_models = {}
+_models: dict = {}
 
 
 def living_models():

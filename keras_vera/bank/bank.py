@@ -7,6 +7,7 @@ from keras import ops
 from keras import tree
 
 from keras_vera import _keras
+from keras_vera._types import FilePath
 from keras_vera.bank import rows
 from keras_vera.bank.batches import without_none
 from keras_vera.bank.data import Batches
@@ -86,7 +87,9 @@ class AdapterBank:
     ```
     """
 
-    def __init__(self, model, capacity, folder=None):
+    def __init__(
+        self, model: keras.Model, capacity: int, folder: FilePath | None = None
+    ) -> None:
         capacity = check_integer("capacity", capacity, 1)
         if isinstance(model, keras.Layer):
             _keras.check_all_here("AdapterBank", model.variables)
@@ -107,18 +110,18 @@ class AdapterBank:
     # ---- Names.
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         return self._slots.capacity
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The names of all adapters, a list."""
         return self._register.names
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._register.names)
 
-    def __contains__(self, name):
+    def __contains__(self, name: object) -> bool:
         return name in self._register
 
     def __iter__(self):
@@ -140,7 +143,13 @@ class AdapterBank:
         with self._lock:
             self._slots.add(name, classes, like)
 
-    def load(self, name, filepath, head=True, replace=False):
+    def load(
+        self,
+        name: str,
+        filepath: FilePath,
+        head: bool = True,
+        replace: bool = False,
+    ) -> None:
         """Loads an adapter file, made by `save` or `keras_vera.save_adapter`.
 
         Args:
@@ -162,7 +171,9 @@ class AdapterBank:
             arrays, classes, _ = self._files.read(filepath, head)
             self._slots.put(name, arrays, classes, replace)
 
-    def save(self, name, filepath, dtype="float32"):
+    def save(
+        self, name: str, filepath: FilePath, dtype: str = "float32"
+    ) -> None:
         """Saves an adapter as `keras_vera.save_adapter` does.
 
         Args:
@@ -177,14 +188,14 @@ class AdapterBank:
             self._register.check_known([name], base=False)
             self._slots.save(name, filepath, dtype=dtype)
 
-    def remove(self, name):
+    def remove(self, name: str) -> None:
         """Removes an adapter; from a bank with a folder, also its file."""
         with self._lock:
             self._register.check_known([name], base=False)
             self._slots.check_not_fitting(name)
             self._slots.remove(name)
 
-    def rename(self, name, new_name):
+    def rename(self, name: str, new_name: str) -> None:
         """Gives an adapter another name.
 
         Args:
@@ -197,7 +208,7 @@ class AdapterBank:
             self._slots.check_not_fitting(name)
             self._slots.rename(name, new_name)
 
-    def grow(self, capacity):
+    def grow(self, capacity: int) -> None:
         """Makes room for more adapters; those that there are stay.
 
         Args:
@@ -209,7 +220,7 @@ class AdapterBank:
             self._slots.check_not_fitting()
             self._slots.grow(capacity)
 
-    def ids(self, adapters):
+    def ids(self, adapters) -> np.ndarray:
         """Returns the `adapter_ids` of names, for `bank.model`.
 
         Args:

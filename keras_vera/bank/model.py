@@ -45,7 +45,7 @@ class BankModel(keras.Model):
 
     # What takes a model, not a bank, goes by this.
     vera_is_bank = True
-    adapters = None
+    adapters: object = None
     validation = None
 
     def __init__(self, base, variables, fresh, layers, capacity):

@@ -1,6 +1,7 @@
 import keras
 
 from keras_vera import _keras
+from keras_vera._types import FilePath
 from keras_vera.files import fit
 from keras_vera.files import format as adapter_format
 from keras_vera.files import hub_paths
@@ -24,7 +25,9 @@ from keras_vera.model.trained import check_all_there
 from keras_vera.product.projection import EXPLICIT
 
 
-def save_adapter(model, filepath, dtype="float32"):
+def save_adapter(
+    model: keras.Layer, filepath: FilePath, dtype: str = "float32"
+) -> None:
     """Saves what was trained: the vectors, and the task head if there is one.
 
     The file holds every trainable variable of `model`, and the state (such as
@@ -102,7 +105,9 @@ def _contents(model, layers, dtype):
     return {**make_header(model, paths), "unsaved": unsaved}, tensors
 
 
-def load_adapter(model, filepath, head=True):
+def load_adapter(
+    model: keras.Layer, filepath: FilePath, head: bool = True
+) -> None:
     """Loads an adapter file into its base model, or into an adapted model.
 
     A base model is adapted as the header says, and everything is checked

@@ -1,7 +1,9 @@
 """Weighted sums of the updates that adapters make."""
 
 import numbers
+from typing import Any
 
+from keras_vera._types import FilePath
 from keras_vera.files import format as adapter_format
 from keras_vera.files.combined import combined
 from keras_vera.files.combined import is_one
@@ -21,7 +23,13 @@ _COMMON = (
 )
 
 
-def combine(adapters, destination, method="exact", head=None, bank=None):
+def combine(
+    adapters: dict[Any, float],
+    destination: FilePath,
+    method: str = "exact",
+    head: FilePath | None = None,
+    bank: Any = None,
+) -> dict[str, float]:
     """Makes an adapter whose update is the weighted sum of those of others.
 
     Task arithmetic: weights that sum to 1 interpolate, `1` and `1` add what

@@ -4,7 +4,10 @@ import hashlib
 import math
 import os
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
+from keras_vera._types import FilePath
 from keras_vera.files import format as adapter_format
 from keras_vera.files import hub_paths
 
@@ -12,15 +15,15 @@ _README = "README.md"
 
 
 def upload_adapter(
-    filepath,
-    hub_path,
-    base_model=None,
-    pipeline_tag=None,
-    license=None,
-    tags=(),
-    eval_results=None,
-    private=None,
-):
+    filepath: FilePath,
+    hub_path: str,
+    base_model: str | None = None,
+    pipeline_tag: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    eval_results: list[Any] | None = None,
+    private: bool | None = None,
+) -> str:
     """Uploads an adapter file to the Hugging Face Hub, with a model card.
 
     The repository is made if there is none. File and card come in one commit;

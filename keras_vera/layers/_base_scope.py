@@ -22,7 +22,7 @@ from keras_vera import _keras
 _thread = threading.local()
 
 # What variables that were assigned are to be given back, by their ids.
-_kept = {}
+_kept: dict = {}
 _lock = threading.RLock()
 
 

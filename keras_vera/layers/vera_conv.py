@@ -1,7 +1,10 @@
+from typing import Any
+
 import keras
 
 from keras_vera.layers._kinds import ConvolutionKind
 from keras_vera.layers._standalone import StandaloneVeRA
+from keras_vera.product.projection import SharedProjection
 
 
 class _VeRAConv(StandaloneVeRA, ConvolutionKind):
@@ -9,16 +12,17 @@ class _VeRAConv(StandaloneVeRA, ConvolutionKind):
 
     def __init__(
         self,
-        filters,
-        kernel_size,
-        rank=None,
-        projection=None,
-        d_initial=0.1,
-        dropout=0.0,
-        plan="auto",
-        **kwargs,
-    ):
-        super().__init__(filters, kernel_size, **kwargs)
+        filters: int,
+        kernel_size: int | tuple[int, ...],
+        rank: int | None = None,
+        projection: SharedProjection | None = None,
+        d_initial: float = 0.1,
+        dropout: float = 0.0,
+        plan: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        # Of the convolution, which the classes below also inherit from.
+        super().__init__(filters, kernel_size, **kwargs)  # type: ignore
         self._init_vera(rank, projection, d_initial, dropout, plan)
 
 

@@ -1,7 +1,10 @@
+from typing import Any
+
 import keras
 
 from keras_vera.layers._kinds import EinsumDenseKind
 from keras_vera.layers._standalone import StandaloneVeRA
+from keras_vera.product.projection import SharedProjection
 
 
 @keras.saving.register_keras_serializable(package="keras_vera")
@@ -60,14 +63,14 @@ class VeRAEinsumDense(
 
     def __init__(
         self,
-        equation,
-        output_shape,
-        rank=None,
-        projection=None,
-        d_initial=0.1,
-        dropout=0.0,
-        plan="auto",
-        **kwargs,
-    ):
+        equation: str,
+        output_shape: int | tuple[int | None, ...],
+        rank: int | None = None,
+        projection: SharedProjection | None = None,
+        d_initial: float = 0.1,
+        dropout: float = 0.0,
+        plan: str = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(equation, output_shape, **kwargs)
         self._init_vera(rank, projection, d_initial, dropout, plan)

@@ -1,7 +1,10 @@
+from typing import Any
+
 import keras
 
 from keras_vera.layers._kinds import EmbeddingKind
 from keras_vera.layers._standalone import StandaloneVeRA
+from keras_vera.product.projection import SharedProjection
 
 
 @keras.saving.register_keras_serializable(package="keras_vera")
@@ -61,14 +64,14 @@ class VeRAEmbedding(StandaloneVeRA, EmbeddingKind, keras.layers.Embedding):
 
     def __init__(
         self,
-        input_dim,
-        output_dim,
-        rank=None,
-        projection=None,
-        d_initial=0.1,
-        dropout=0.0,
-        plan="auto",
-        **kwargs,
-    ):
+        input_dim: int,
+        output_dim: int,
+        rank: int | None = None,
+        projection: SharedProjection | None = None,
+        d_initial: float = 0.1,
+        dropout: float = 0.0,
+        plan: str = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(input_dim, output_dim, **kwargs)
         self._init_vera(rank, projection, d_initial, dropout, plan)

@@ -1,6 +1,11 @@
 import contextlib
+from collections.abc import Iterator
+
+import keras
 
 from keras_vera import _keras
+from keras_vera._types import Ranks
+from keras_vera._types import Targets
 from keras_vera.layers import _base_scope
 from keras_vera.model.adaptation import Adaptation
 from keras_vera.model.adaptation import base_paths
@@ -23,17 +28,17 @@ from keras_vera.product.projection import SharedProjection
 
 
 def enable_vera(
-    model,
-    rank=256,
-    seed=0,
-    targets="attention-qv",
-    exclude=None,
-    train=None,
-    d_initial=0.1,
-    dropout=0.0,
-    structure="dense",
-    plan="auto",
-):
+    model: keras.Layer,
+    rank: int = 256,
+    seed: int = 0,
+    targets: Targets | Ranks = "attention-qv",
+    exclude: Targets | None = None,
+    train: Targets | None = None,
+    d_initial: float = 0.1,
+    dropout: float = 0.0,
+    structure: str = "dense",
+    plan: str = "auto",
+) -> None:
     """Adapts layers of a built model with VeRA, in place.
 
     A target layer `y = x W` becomes `y = x W + b * ((x A * d) B)`. `A` and `B`
@@ -150,7 +155,7 @@ def enable_vera(
     ).apply(model)
 
 
-def disable_vera(model):
+def disable_vera(model: keras.Layer) -> None:
     """Turns an adapted model back into its base model, exactly.
 
     The layers become the Keras layers that they were, with the kernels and
@@ -178,7 +183,7 @@ def disable_vera(model):
     restore(model, layers, merge=False)
 
 
-def merge(model):
+def merge(model: keras.Layer) -> None:
     """Folds every adapter into its kernel and leaves plain Keras layers.
 
     `W + (A * d) B * b` is added in float32 and rounded once to the dtype of
@@ -209,7 +214,7 @@ def merge(model):
 
 
 @contextlib.contextmanager
-def base_model(model):
+def base_model(model: keras.Layer) -> Iterator[keras.Layer]:
     """Makes an adapted model give the outputs of its base, for a moment.
 
     Inside, `predict`, `evaluate`, calls of the model and functions that were

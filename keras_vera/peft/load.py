@@ -3,9 +3,11 @@ import math
 import os
 import re
 
+import keras
 import numpy as np
 
 from keras_vera import _keras
+from keras_vera._types import FilePath
 from keras_vera.files.disk import AdapterFileError
 from keras_vera.files.disk import errors_about
 from keras_vera.files.disk import read_bytes
@@ -39,7 +41,9 @@ _OF_MODULE = re.compile(
 _OF_HEAD = re.compile(r"(?P<module>.+)\.(?P<what>weight|bias)")
 
 
-def load_peft_adapter(model, folder, head=True):
+def load_peft_adapter(
+    model: keras.Layer, folder: FilePath, head: bool = True
+) -> None:
     """Adapts a KerasHub model with a VeRA adapter of Hugging Face PEFT.
 
     The adapter must have been trained on the Hugging Face model that the
@@ -112,8 +116,8 @@ def load_peft_adapter(model, folder, head=True):
         if absent and not config["save_projection"]:
             matrices = _peft_matrices(config, rows, columns)
         _check_matrices(matrices, config["r"], rows, columns)
-        matrices = matrices[0][:, :rows], matrices[1][:columns]
-        found, matrices, starts = join_parts(found, matrices, parts, modules)
+        pair = matrices[0][:, :rows], matrices[1][:columns]
+        found, matrices, starts = join_parts(found, pair, parts, modules)
         layers, offsets, values = [], [], []
         for module, entries in found.items():
             offset = starts.get(module, 0)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+import keras
 import numpy as np
 import safetensors.numpy
 
@@ -31,8 +32,12 @@ from keras_vera.product.checks import check_integer
 
 @_base_scope.suspended()
 def save_peft_adapter(
-    model, folder, base_model_name_or_path=None, as_lora=False, batch=None
-):
+    model: keras.Layer,
+    folder: str | os.PathLike[str],
+    base_model_name_or_path: str | None = None,
+    as_lora: bool | int = False,
+    batch: object = None,
+) -> dict | None:
     """Saves an adapter as Hugging Face PEFT reads it: as VeRA, or as LoRA.
 
     `PeftModel.from_pretrained(hugging_face_model, folder)` then gives the

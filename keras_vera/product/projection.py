@@ -20,7 +20,7 @@ _STREAM_A = 0
 _STREAM_B = 1
 
 # The living projections, for `shared_from_config`.
-_projections = weakref.WeakSet()
+_projections: weakref.WeakSet = weakref.WeakSet()
 
 
 @keras.saving.register_keras_serializable(package="keras_vera")
@@ -78,14 +78,16 @@ class SharedProjection:
       the product of two permuted block-diagonal matrices ("Monarch").
     """
 
-    def __init__(self, seed=0, rank=256, structure="dense"):
+    def __init__(
+        self, seed: int = 0, rank: int = 256, structure: str = "dense"
+    ) -> None:
         self.seed = check_integer("seed", seed, 0, 2**64 - 1)
         self.rank = check_integer("rank", rank, 1)
         self.blocks = check_structure(structure)
         self.structure = structure
         self.vera_kernel_a = None
         self.vera_kernel_b = None
-        self._layers = weakref.WeakSet()
+        self._layers: weakref.WeakSet = weakref.WeakSet()
         self._identifier = uuid.uuid4().hex
         self._generation = 0
         _projections.add(self)
