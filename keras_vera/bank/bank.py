@@ -1,14 +1,13 @@
-import functools
 import threading
+from collections.abc import Sequence
 
 import keras
 import numpy as np
-from keras import ops
-from keras import tree
 
 from keras_vera import _keras
 from keras_vera._types import FilePath
 from keras_vera.bank import rows
+from keras_vera.bank import scores
 from keras_vera.bank.batches import without_none
 from keras_vera.bank.data import Batches
 from keras_vera.bank.data import data_of
@@ -20,8 +19,8 @@ from keras_vera.bank.generate import padded_prompts
 from keras_vera.bank.model import BankModel
 from keras_vera.bank.names import count_examples
 from keras_vera.bank.names import names_of
+from keras_vera.bank.outputs import outputs_of
 from keras_vera.bank.register import Register
-from keras_vera.bank.scores import scores_of_all
 from keras_vera.bank.slots import Slots
 from keras_vera.files.format import check_file_dtype
 from keras_vera.files.format import check_filepath
@@ -45,8 +44,8 @@ class AdapterBank:
     them, and the least recently used make room. Every change is written to it
     at once, and what other processes write is noticed before each batch.
 
-    Several threads may use one bank; its methods wait for each other. What
-    the other methods do to `bank.model` and `model` directly is not guarded.
+    Several threads may use one bank; its methods wait for each other. Direct
+    use of `bank.model` and `model` is not guarded.
 
     Args:
         model: A model on which `keras_vera.enable_vera` was called. It stays
@@ -93,9 +92,8 @@ class AdapterBank:
         capacity = check_integer("capacity", capacity, 1)
         if isinstance(model, keras.Layer):
             _keras.check_all_here("AdapterBank", model.variables)
-        self._files = BankFiles(model)
+        files = self._files = BankFiles(model)
         self._base = model
-        files = self._files
         with _keras.strategy_scope(model):
             self.model = BankModel(
                 model, files.variables, files.fresh, files.layers, capacity
@@ -127,7 +125,12 @@ class AdapterBank:
     def __iter__(self):
         return iter(self.names)
 
-    def add(self, name, classes=None, like=None):
+    def add(
+        self,
+        name: str,
+        classes: int | None = None,
+        like: str | Sequence[str] | None = None,
+    ) -> None:
         """Adds a fresh adapter: `b` is 0, and the head is that of the model.
 
         With `like`, it starts warm instead, as others are: a copy of one, or
@@ -215,8 +218,7 @@ class AdapterBank:
             capacity: Integer, larger than the present capacity.
         """
         with self._lock:
-            minimum = self.capacity + 1
-            capacity = check_integer("capacity", capacity, minimum)
+            capacity = check_integer("capacity", capacity, self.capacity + 1)
             self._slots.check_not_fitting()
             self._slots.grow(capacity)
 
@@ -239,8 +241,8 @@ class AdapterBank:
         self,
         x,
         adapters=None,
-        batch_size=32,
-        return_exceptions=False,
+        batch_size: int = 32,
+        return_exceptions: bool = False,
         **kwargs,
     ):
         """Predicts for each example with its own adapter.
@@ -272,31 +274,14 @@ class AdapterBank:
             x, refused = rows.readable_inputs(self._base, x)
         data = data_of(self._base, x, adapters=adapters, has_targets=False)
         with self._lock:
-            if isinstance(data, Batches):
-                is_cut = _keras.batch_divisor() > 1
-                if not is_cut and self._slots.have_room_for(data.names):
-                    x, *_ = data.joined(self._slots.ids(data.names))
-                    return self.model.predict(x, **kwargs)
-                outputs = [
-                    tree.map_structure(
-                        ops.convert_to_numpy, self.model.predict_on_batch(x)
-                    )
-                    for x, *_ in self._slots.batches(data, kwargs)
-                ]
-            else:
-                if not return_exceptions:
-                    self._register.check_known(data.names)
-                outputs = []
-                bring = functools.partial(self._slots.bring, errors=unread)
-                for part, size in self._slots.parts(data.names, batch_size):
-                    inputs, *_ = data.part(part, bring)
-                    outputs.append(
-                        self.model.predict(inputs, batch_size=size, **kwargs)
-                    )
-        outputs = tree.map_structure(lambda *ys: np.concatenate(ys), *outputs)
-        if return_exceptions:
-            return rows.answers(outputs, data.names, refused, unread)
-        return outputs
+            if not (return_exceptions or isinstance(data, Batches)):
+                self._register.check_known(data.names)
+            outputs = outputs_of(
+                self.model, self._slots, data, batch_size, unread, kwargs
+            )
+        if not return_exceptions:
+            return outputs
+        return rows.answers(outputs, data.names, refused, unread)
 
     def evaluate(self, x, y=None, adapters=None, sample_weight=None, **kwargs):
         """Evaluates each example with its own adapter.
@@ -317,15 +302,7 @@ class AdapterBank:
         data = data_of(self._base, x, y, sample_weight, adapters)
         data.check_targets(self.model)
         with self._lock:
-            is_divided = data.is_divided(kwargs.get("batch_size"))
-            if is_divided and self._slots.have_room_for(data.names):
-                x, y, sample_weight = data.joined(self._slots.ids(data.names))
-                return self.model.evaluate(
-                    x, y, sample_weight=sample_weight, **kwargs
-                )
-            return_dict = kwargs.pop("return_dict", False)
-            batches = self._slots.batches(data, kwargs)
-            return scores_of_all(self.model, batches, return_dict)
+            return scores.of_all(self.model, self._slots, data, kwargs)
 
     def fit(
         self,
@@ -339,9 +316,8 @@ class AdapterBank:
     ):
         """Trains many adapters, each by its own examples.
 
-        Call `bank.model.compile` first. In arrays, examples are shuffled as
-        in every `fit`; no two adapters influence each other. See
-        `keras_vera.callbacks.BestAdapters` for the best of each.
+        Call `bank.model.compile` first. No two adapters influence each other.
+        See `keras_vera.callbacks.BestAdapters` for the best of each.
 
         Args:
             x: As in `evaluate`.
@@ -385,7 +361,9 @@ class AdapterBank:
                     **kwargs,
                 )
 
-    def generate(self, prompts, adapters, return_exceptions=False, **kwargs):
+    def generate(
+        self, prompts, adapters, return_exceptions: bool = False, **kwargs
+    ):
         """Generates for each prompt with its own adapter.
 
         Args:
@@ -412,10 +390,9 @@ class AdapterBank:
             _keras.synchronize(self.model)
             vectors = self.model.rows(self._slots.bring(padded_names, unread))
             outputs = self._generator.generate(vectors, padded, **kwargs)
-        outputs = cut(outputs)
-        if return_exceptions:
-            return rows.answers(outputs, names, refused, unread)
-        return outputs
+        if not return_exceptions:
+            return cut(outputs)
+        return rows.answers(cut(outputs), names, refused, unread)
 
     def _combine(self, weights, name, method, head):
         """Adds the combination of adapters; see `keras_vera.combine`."""

@@ -76,10 +76,23 @@ class Scores:
         return [v for metric in self._model.metrics for v in metric.variables]
 
 
-def scores_of_all(model, batches, return_dict):
-    """Returns what `keras.Model.evaluate` does, of batches of arrays."""
+def of_all(model, slots, data, kwargs):
+    """Returns what `keras.Model.evaluate` does, in one call or by batches.
+
+    Args:
+        model: A compiled `BankModel`.
+        slots: Its `Slots`.
+        data: The `Examples` or `Batches`.
+        kwargs: Dict of further arguments of `keras.Model.evaluate`.
+    """
+    is_divided = data.is_divided(kwargs.get("batch_size"))
+    if is_divided and slots.have_room_for(data.names):
+        x, y, sample_weight = data.joined(slots.ids(data.names))
+        return model.evaluate(x, y, sample_weight=sample_weight, **kwargs)
+    kwargs = dict(kwargs)
+    return_dict = kwargs.pop("return_dict", False)
     scores = Scores(model, together=True)
-    for batch in batches:
+    for batch in slots.batches(data, kwargs):
         scores.add(*batch)
     found = scores.results()[0]
     if return_dict:

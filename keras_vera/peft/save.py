@@ -117,10 +117,7 @@ def save_peft_adapter(
         report = None
         tensors, config = _in_vera_terms(modules, prefix, parts)
     else:
-        exact = {
-            module: lora.module_factors(layers)
-            for module, layers in modules.items()
-        }
+        exact = {x: lora.module_factors(own) for x, own in modules.items()}
         factors, lost = lora.truncated(lora.split(exact, parts), as_lora)
         report = {"lost": {prefix + x: share for x, share in lost.items()}}
         if batch is not None:
