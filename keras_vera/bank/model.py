@@ -34,14 +34,12 @@ class Validation:
     data: Any
     batch_size: int | None
     steps: int | None
-    # After how many epochs, or after which ones.
-    frequency: int | list = 1
+    frequency: int | list = 1  # In epochs, or which ones.
 
     def is_due(self, epoch):
         """Says whether `fit` validates after an epoch, counted from 0."""
-        if isinstance(self.frequency, int):
-            return (epoch + 1) % self.frequency == 0
-        return epoch + 1 in self.frequency
+        due, epoch = self.frequency, epoch + 1
+        return epoch % due == 0 if isinstance(due, int) else epoch in due
 
 
 class BankModel(keras.Model):
