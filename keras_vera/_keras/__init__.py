@@ -34,6 +34,7 @@ from keras_vera._keras.files import serve_legacy_files as serve_legacy_files
 from keras_vera._keras.files import (
     share_registered_name as share_registered_name,
 )
+from keras_vera._keras.freezing import finalize_state as finalize_state
 from keras_vera._keras.freezing import (
     freeze_own_variables as freeze_own_variables,
 )

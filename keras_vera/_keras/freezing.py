@@ -55,6 +55,21 @@ def _move(layer, variables, to):
     tracker.stored_ids[to].update(id(v) for v in variables)
 
 
+def finalize_state(layers):
+    """Lets layers make anew what they keep beside their variables.
+
+    `Normalization` and its like compute with constants that they make of
+    their variables when `finalize_state` is called, as Keras' loading does.
+
+    Returns:
+        List of the layers that do so; compiled functions hold the constants.
+    """
+    found = [x for x in layers if callable(getattr(x, "finalize_state", None))]
+    for layer in found:
+        layer.finalize_state()
+    return found
+
+
 @contextlib.contextmanager
 def new_state_allowed(layer):
     """Lets a built layer take new variables, as Keras' own LoRA does."""

@@ -36,11 +36,10 @@ def save_adapter(
     it also holds layers that have only state, and those that are frozen and
     have moved, or been made, since `enable_vera`, such as a head that trained
     first. What it does not hold has a fingerprint, and loading raises where
-    the base is another one. The header says
-    how to make the rest: rank, seed and hash of the random matrices, the
-    adapted layers and a fingerprint of their kernels. It is written beside
-    its destination first and then renamed, so a failure leaves an old file as
-    it was.
+    the base is another one. The header says how to make the rest: rank, seed
+    and hash of the random matrices, the adapted layers and a fingerprint of
+    their kernels. It is written beside its destination first and then
+    renamed, so a failure leaves an old file as it was.
 
     Args:
         model: A model on which, or on a part of which, `enable_vera` was
@@ -174,10 +173,15 @@ def load_adapter(
                 model, paths, header, tensors, matrices, biases, filepath, head
             )
         plan.apply(model)
-    for name, variable in trained_variables(
+    loaded = trained_variables(
         paths, head=head, given=tensors, state=bool(header["unsaved"])
-    ).items():
+    )
+    for name, variable in loaded.items():
         variable.assign(tensors[name])
+    owners = {name.rpartition("/")[0] for name in loaded}
+    kept = _keras.finalize_state([paths[path] for path in owners])
+    if kept:
+        _keras.reset_compiled(kept)
     for path, layer in layers.items():
         if path in biases or getattr(layer, "vera_base_bias", None) is not None:
             layer.set_adapter_bias(biases.get(path))

@@ -86,6 +86,7 @@ class FrozenBase:
             for variable, value in self._values.values():
                 if not _is_same(variable, value):
                     variable.assign(value)
+            _keras.finalize_state(self.layers)
         # A variable may be in two layers: its first record is the true one.
         for layer, record in reversed(self._lists):
             _keras.thaw_own_variables(layer, record)

@@ -259,6 +259,20 @@ def test_state_that_moved_by_hand_is_not_saved(tmp_path):
     assert bits(model) == before
 
 
+def test_statistics_that_a_layer_adapts_to_are_given_back(tmp_path):
+    model = build(functools.partial(with_layer, keras.layers.Normalization))
+    x, _ = data(model)
+    model.layers[1].adapt(x)
+    outputs = predict(model, x)
+    keras_vera.enable_vera(model, rank=3, targets="all-linear")
+    model.layers[1].adapt(3 * x)
+    assert largest_difference(predict(model, x), outputs) > 0.1
+    with pytest.raises(ValueError, match="state of .* moved"):
+        keras_vera.save_adapter(model, tmp_path / "a.vera.safetensors")
+    keras_vera.disable_vera(model)
+    np.testing.assert_array_equal(predict(model, x), outputs)
+
+
 @pytest.mark.parametrize("how", ["file", "arrays"])
 def test_loaded_state_is_the_base(how, tmp_path):
     model, other = normalized(), normalized()
