@@ -399,6 +399,9 @@ def test_answers_by_row(two, outputs, x):
             if name in ("nobody", "bob"):
                 assert isinstance(answers[i], AdapterFileError)
                 assert f"{name}" in str(answers[i])
+                # What is not there, and what is damaged.
+                missing = isinstance(answers[i], KeyError)
+                assert missing == (name == "nobody")
             else:
                 difference = largest_difference(answers[i], outputs[name][i])
                 assert difference < ROUNDING
