@@ -145,7 +145,7 @@ class Replica:
         texts = [requests[row]["text"] for row in rows] + [""] * fill
         users = [requests[row]["user"] for row in rows] + [None] * fill
         for row, answer in zip(rows, self._answers(texts, users)):
-            found[row] = self._as_response(requests[row]["user"], answer)
+            found[row] = self._as_response(answer)
         return found
 
     def _answers(self, texts, users):
@@ -158,24 +158,23 @@ class Replica:
                 method = self.bank.generate
             yield from method(*part, return_exceptions=True)
 
-    def _as_response(self, user, answer):
+    def _as_response(self, answer):
         if not isinstance(answer, Exception):
             if isinstance(answer, str):
                 return http.HTTPStatus.OK, {"text": answer}
             scores = np.asarray(answer, "float64").tolist()
             return http.HTTPStatus.OK, {"scores": scores, "pid": os.getpid()}
-        return self._failure(answer, user)
+        return self._failure(answer)
 
-    def _failure(self, error, user=None):
+    def _failure(self, error):
         status = http.HTTPStatus.UNPROCESSABLE_ENTITY
-        if isinstance(error, keras_vera.AdapterFileError):
-            # The file is damaged, or of another base.
-            status = http.HTTPStatus.INTERNAL_SERVER_ERROR
-            try:
-                if user is not None and user not in self.bank:
-                    status = http.HTTPStatus.NOT_FOUND
-            except keras_vera.AdapterFileError:
-                status = http.HTTPStatus.SERVICE_UNAVAILABLE
+        if isinstance(error, KeyError):
+            status = http.HTTPStatus.NOT_FOUND
+        elif isinstance(error, keras_vera.AdapterFileError):
+            # The folder is away, or the file damaged or of another base.
+            status, _ = self.health()
+            if status == http.HTTPStatus.OK:
+                status = http.HTTPStatus.INTERNAL_SERVER_ERROR
         return status, {"error": str(error)}
 
     def put(self, user, content):
@@ -190,7 +189,7 @@ class Replica:
             except ValueError as error:
                 away, _ = self.health()
                 if away != http.HTTPStatus.OK:
-                    return self._failure(error, user)
+                    return self._failure(error)
                 return http.HTTPStatus.BAD_REQUEST, {"error": str(error)}
         return http.HTTPStatus.OK, {"user": user}
 
@@ -198,7 +197,7 @@ class Replica:
         try:
             self.bank.remove(user)
         except keras_vera.AdapterFileError as error:
-            return self._failure(error, user)
+            return self._failure(error)
         return http.HTTPStatus.OK, {"user": user}
 
     def users(self):

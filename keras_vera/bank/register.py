@@ -6,6 +6,10 @@ from keras_vera.bank.folder import Folder
 from keras_vera.files.format import AdapterFileError
 
 
+class _NoSuchFile(AdapterFileError, KeyError):
+    """A name is not in the folder; a `KeyError`, which damage is not."""
+
+
 class Register:
     """The names of the adapters of a bank.
 
@@ -134,7 +138,7 @@ class Register:
                 f"{text}it has {len(self._names)}, see `bank.names`."
             )
         # There may be too many to count them.
-        return AdapterFileError(
+        return _NoSuchFile(
             f"{text}its folder '{self.folder.path}' has no such file. See "
             "`bank.names`."
         )

@@ -37,21 +37,20 @@ def _readable(texts, preprocess):
         The list with another text in the place of each that is refused, so
         that it stays as long as it was; and a dict of errors by row.
     """
-    errors = {
-        row: ValueError(
-            "A text must be a string. Received: a value of type "
-            f"{type(text).__name__}"
-        )
-        for row, text in enumerate(texts)
-        if not isinstance(text, str)
-    }
+    errors = {}
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            errors[row] = ValueError(
+                "A text must be a string. Received: a value of type "
+                f"{type(text).__name__}"
+            )
+        elif not _is_unicode(text):
+            errors[row] = ValueError(
+                f"A text must be valid Unicode. Received: {text[:50]!a}"
+            )
     rows = [row for row in range(len(texts)) if row not in errors]
-    if rows and _error_of(preprocess, [texts[row] for row in rows]):
-        for row in rows:
-            error = _error_of(preprocess, [texts[row]])
-            if error is not None:
-                errors[row] = ValueError("The preprocessor refuses this text.")
-                errors[row].__cause__ = error
+    if rows:
+        errors.update(_refused(texts, rows, preprocess))
     good = [row for row in rows if row not in errors]
     return [
         texts[row] if row not in errors else texts[good[0]] if good else ""
@@ -59,11 +58,29 @@ def _readable(texts, preprocess):
     ], errors
 
 
-def _error_of(function, argument):
+def _is_unicode(text):
     try:
-        function(argument)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refused(texts, rows, preprocess):
+    """Returns errors by row, found by halves: few are refused, if any."""
+    try:
+        preprocess([texts[row] for row in rows])
+        return {}
     except Exception as error:
-        return error
+        if len(rows) == 1:
+            found = ValueError("The preprocessor refuses this text.")
+            found.__cause__ = error
+            return {rows[0]: found}
+    half = len(rows) // 2
+    return {
+        **_refused(texts, rows[:half], preprocess),
+        **_refused(texts, rows[half:], preprocess),
+    }
 
 
 def answers(outputs, names, errors_of_rows, errors_of_names):

@@ -32,6 +32,7 @@ from hypothesis.stateful import rule
 
 import keras_vera
 from keras_vera import AdapterFileError
+from keras_vera.bank import rows
 from keras_vera.files import disk
 
 NAMES = ["ann", "bob", "eve", "zoe"]
@@ -398,6 +399,9 @@ def test_answers_by_row(two, outputs, x):
             if name in ("nobody", "bob"):
                 assert isinstance(answers[i], AdapterFileError)
                 assert f"{name}" in str(answers[i])
+                # What is not there, and what is damaged.
+                missing = isinstance(answers[i], KeyError)
+                assert missing == (name == "nobody")
             else:
                 difference = largest_difference(answers[i], outputs[name][i])
                 assert difference < ROUNDING
@@ -430,6 +434,25 @@ def test_answers_by_row_in_memory(originals, outputs, x):
         assert largest_difference(answers[i], outputs[names[i]][i]) < ROUNDING
     answers = bank.predict(x[:2], ["a", "b"], return_exceptions=True)
     assert all(isinstance(answer, ValueError) for answer in answers)
+
+
+@pytest.mark.parametrize("bad", [[], [3], [0, 7], list(range(8))], ids=str)
+def test_texts_that_a_preprocessor_refuses(bad):
+    calls = []
+
+    def preprocess(texts):
+        calls.append(texts)
+        if "bad" in texts:
+            raise RuntimeError("bad")
+
+    texts = ["bad" if row in bad else f"text {row}" for row in range(8)]
+    taken, errors = rows._readable(texts, preprocess)
+    assert sorted(errors) == bad
+    assert all("refuses" in str(error) for error in errors.values())
+    for row, text in enumerate(texts):
+        assert taken[row] == text or row in bad and taken[row] != "bad"
+    # By halves, not one by one.
+    assert len(calls) <= 1 + 6 * len(bad)
 
 
 def test_load_replaces_in_memory(originals, outputs, x):
