@@ -1,5 +1,6 @@
 """How Sphinx builds the site; CONTRIBUTING.md has the command."""
 
+import inspect
 import os
 import pathlib
 import re
@@ -63,6 +64,18 @@ def rst_of(lines):
     ).splitlines()
 
 
+def process_signature(app, what, name, obj, options, signature, returns):
+    """Gives classes the arguments that they take.
+
+    Autodoc would find those of `__new__`, which takes any in Keras' layers.
+    """
+    if what != "class":
+        return None
+    _, *parameters = inspect.signature(obj.__init__).parameters.values()
+    shown = [x.replace(annotation=x.empty) for x in parameters]
+    return str(inspect.Signature(shown)), None
+
+
 def process_docstring(app, what, name, obj, options, lines):
     lines[:] = rst_of(lines)
 
@@ -78,4 +91,5 @@ def copy_notebooks(app):
 def setup(app):
     # Before Napoleon, which has the priority 500.
     app.connect("autodoc-process-docstring", process_docstring, priority=400)
+    app.connect("autodoc-process-signature", process_signature)
     app.connect("builder-inited", copy_notebooks)

@@ -41,6 +41,7 @@ ELSEWHERE = {
         "tensorflow.python.trackable.data_structures",
         "tensorflow",
     ),
+    "_track_variables": ("keras.src.backend.torch.layer", "torch"),
     "_modules": ("torch.nn.modules.module", "torch"),
     "_version": ("torch._tensor", "torch"),
 }
