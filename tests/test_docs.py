@@ -23,6 +23,8 @@ PAGES = [
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # The first line of a block that one backend alone runs.
 FOR_BACKEND = re.compile(r"# With KERAS_BACKEND=(\w+)\n")
+# The first line of a block that is compiled only; `tests/devices` does the same.
+ELSEWHERE = "# On several devices\n"
 # Commands that install, download or take long; other tests run the last two.
 NOT_RUN = (
     "pip install ",
@@ -55,10 +57,12 @@ def run(page, tmp_path, monkeypatch):
         if language == "bash":
             run_commands(code)
         elif language == "python":
+            # A traceback shows the line of the page.
+            compiled = compile("\n" * line + code, page, "exec")
             only = FOR_BACKEND.match(code)
-            if only is None or only[1] == backend():
-                # A traceback shows the line of the page.
-                exec(compile("\n" * line + code, page, "exec"), names)
+            is_ours = only is None or only[1] == backend()
+            if is_ours and not code.startswith(ELSEWHERE):
+                exec(compiled, names)
 
 
 def run_commands(code):
