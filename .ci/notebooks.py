@@ -14,7 +14,12 @@ import jupytext
 import nbformat
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+# A service is no tutorial, which would be a notebook as well.
+SCRIPTS = [
+    path
+    for path in sorted((ROOT / "examples").glob("*.py"))
+    if path.stem != "serve"
+]
 INSTALL = """\
 # Installs the package where it is not, as in Colab.
 import importlib.util

@@ -5,6 +5,8 @@ import re
 import keras
 
 from keras_vera import _keras
+from keras_vera._types import Ranks
+from keras_vera._types import Targets
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._kinds import kind_of
 from keras_vera.model.adaptation import base_paths
@@ -19,14 +21,14 @@ _NUMBER = re.compile(r"_\d+$")
 
 
 def layout_map(
-    model,
-    mesh,
-    targets="attention-qv",
-    exclude=None,
-    axis="model",
-    kernels=None,
-    capacity=None,
-):
+    model: keras.Layer,
+    mesh: keras.distribution.DeviceMesh,
+    targets: Targets | Ranks = "attention-qv",
+    exclude: Targets | None = None,
+    axis: str = "model",
+    kernels: keras.distribution.LayoutMap | None = None,
+    capacity: int | None = None,
+) -> keras.distribution.LayoutMap:
     """Returns the layouts of a model and of its adapters for model parallel.
 
     Kernels are cut as in Megatron: those of query, key and value, and those

@@ -9,8 +9,6 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-# A service is no tutorial, which would be a notebook as well.
-SCRIPTS = [x for x in sorted(EXAMPLES.glob("*.py")) if x.stem != "serve"]
 
 
 def run(script, arguments, folder):
@@ -89,6 +87,7 @@ def test_example(check, tmp_path):
 
 
 NOTEBOOKS = runpy.run_path(str(EXAMPLES.parent / ".ci" / "notebooks.py"))
+SCRIPTS = NOTEBOOKS["SCRIPTS"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -62,9 +62,15 @@ def _track_parameters_again(layers, models):
 
 def _track_variables(layer):
     for below in flatten_layers(layer):
-        if below.built and vars(below).get("_vera_changes", 0) != _changes:
+        if below.built and not _lists_present_variables(below):
             below._track_variables()
-            vars(below)["_vera_changes"] = _changes
+            # Not of the layer, which is to be as it was in the end.
+            below.torch_params.vera_changes = _changes
+
+
+def _lists_present_variables(layer):
+    listed = getattr(layer, "torch_params", None)
+    return getattr(listed, "vera_changes", 0) == _changes
 
 
 def _list_parameters_anew():
@@ -75,7 +81,7 @@ def _list_parameters_anew():
 
     @functools.wraps(plain)
     def named_parameters(layer, *args, **kwargs):
-        if vars(layer).get("_vera_changes", 0) != _changes:
+        if not _lists_present_variables(layer):
             _track_variables(layer)
         return plain(layer, *args, **kwargs)
 

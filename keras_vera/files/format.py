@@ -193,9 +193,10 @@ def read_header(filepath):
 def _header_in(file, size):
     """Returns what `read_header` does, of an open file of `size` bytes."""
     entries, metadata = read_index(file, size)
-    if not isinstance(metadata, dict) or _HEADER not in metadata:
+    text = metadata.get(_HEADER) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
         raise ValueError("its metadata has no JSON object named 'keras_vera'.")
-    header = parsed(metadata[_HEADER])
+    header = parsed(text)
     _check_text(header)
     _check_header(header)
     paths = sorted(
