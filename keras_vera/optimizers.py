@@ -116,7 +116,8 @@ class _MapByStart(keras.optimizers.OptimizerMap):
         # No path is such a key.
         key = f"{_VECTORS} at {factor:g} times the rate"
         if key not in list(self):
-            self[key] = _scaled(optimizer, factor)
+            with _keras.outside_of_tracing():
+                self[key] = _scaled(optimizer, factor)
         return self[key]
 
 

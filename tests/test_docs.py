@@ -23,7 +23,7 @@ PAGES = [
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # The first line of a block that one backend alone runs.
 FOR_BACKEND = re.compile(r"# With KERAS_BACKEND=(\w+)\n")
-# The first line of a block that is compiled only; `tests/devices` does the same.
+# The first line of a block that is compiled only, as `tests/devices` runs such.
 ELSEWHERE = "# On several devices\n"
 # Commands that install, download or take long; other tests run the last two.
 NOT_RUN = (

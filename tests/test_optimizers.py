@@ -157,11 +157,15 @@ def test_a_step_moves_outputs_alike(rng, m, n, rank, structure, d_initial):
 
 
 def test_any_d_initial_trains_in_the_same_way(data):
+    x, y = data
+    # Adam's epsilon is not scaled, so gradients are large beside it.
+    y = 1000 * y
+
     def trained(d_initial, optimizer):
         keras.utils.set_random_seed(0)
         model = make_model(d_initial=d_initial)
         model.compile(optimizer, "mse")
-        model.fit(*data, epochs=4, batch_size=8, verbose=0)
+        model.fit(x, y, epochs=4, batch_size=8, verbose=0)
         layer = adapted(model)[0]
         d = ops.convert_to_numpy(layer.vera_lambda_d) / d_initial
         return d, ops.convert_to_numpy(layer.vera_lambda_b) * d_initial
@@ -170,9 +174,8 @@ def test_any_d_initial_trains_in_the_same_way(data):
     assert np.abs(expected[0] - 1).min() > 0.1
     for d_initial in (1.0, 0.05):
         received = trained(d_initial, keras_vera.vera_optimizer())
-        # Adam's epsilon is not scaled.
         for a, b in zip(received, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0.01, atol=1e-4)
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     other = trained(1.0, keras_vera.vera_optimizer("adam"))
     assert np.abs(other[0] - expected[0]).max() > 0.1
 

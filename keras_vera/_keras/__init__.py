@@ -49,6 +49,9 @@ from keras_vera._keras.models import reset_compiled as reset_compiled
 from keras_vera._keras.optimizers import in_any_replica as in_any_replica
 from keras_vera._keras.optimizers import named_in_files as named_in_files
 from keras_vera._keras.optimizers import (
+    outside_of_tracing as outside_of_tracing,
+)
+from keras_vera._keras.optimizers import (
     update_variables_one_by_one as update_variables_one_by_one,
 )
 from keras_vera._keras.processes import check_all_here as check_all_here

@@ -1,5 +1,6 @@
 """Optimizers, as they are inside."""
 
+import contextlib
 import copy
 import functools
 
@@ -53,6 +54,18 @@ def in_any_replica(mask):
         tf.distribute.ReduceOp.SUM, tf.cast(mask, "float32")
     )
     return counts > 0
+
+
+def outside_of_tracing():
+    """Returns a context in which variables have values.
+
+    On TensorFlow, optimizers are built while the first step is traced.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
 
 
 def _allow_that_nothing_decays():
