@@ -11,7 +11,7 @@ if _BACKEND == "torch":
     import torch
 
 # How many sharded modules there were when a layer was in none of them.
-_checked = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def check_not_sharded(layer):

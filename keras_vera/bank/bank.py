@@ -241,8 +241,8 @@ class AdapterBank:
         self,
         x,
         adapters=None,
-        batch_size: int = 32,
-        return_exceptions: bool = False,
+        batch_size=32,
+        return_exceptions=False,
         **kwargs,
     ):
         """Predicts for each example with its own adapter.
@@ -361,9 +361,7 @@ class AdapterBank:
                     **kwargs,
                 )
 
-    def generate(
-        self, prompts, adapters, return_exceptions: bool = False, **kwargs
-    ):
+    def generate(self, prompts, adapters, return_exceptions=False, **kwargs):
         """Generates for each prompt with its own adapter.
 
         Args:

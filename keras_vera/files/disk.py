@@ -18,7 +18,7 @@ import safetensors
 try:
     import fcntl
 except ImportError:  # Windows.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = ".vera.tmp"
 _ABANDONED = 3600  # Seconds; a file is written in less than one.
