@@ -84,10 +84,10 @@ class Task(keras.Model):
         self.head_layers = make_stages(None, head)
         self.head = head
 
-    def call(self, x):
-        x = self.backbone(x)
+    def call(self, x, training=None):
+        x = self.backbone(x, training=training)
         for layer in self.head_layers:
-            x = layer(x)
+            x = layer(x, training=training)
         return x
 
     def get_config(self):
