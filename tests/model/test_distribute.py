@@ -92,7 +92,7 @@ with strategy.scope():
     try:
         keras_vera.enable_vera(model, rank=4, targets="all-linear")
     except ValueError as error:
-        assert "must be made in the `scope()`" in str(error)
+        assert "must be made where it is adapted" in str(error)
     else:
         raise AssertionError
 assert [(v.path, v.trainable) for v in model.variables] == before
