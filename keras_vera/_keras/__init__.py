@@ -22,8 +22,6 @@ from keras_vera._keras.devices import (
     is_in_other_strategy as is_in_other_strategy,
 )
 from keras_vera._keras.devices import on_one_device as on_one_device
-from keras_vera._keras.devices import placed as placed
-from keras_vera._keras.devices import strategy_of as strategy_of
 from keras_vera._keras.devices import strategy_scope as strategy_scope
 from keras_vera._keras.files import hidden_array as hidden_array
 from keras_vera._keras.files import hidden_group as hidden_group

@@ -9,6 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from keras_vera import _keras
+from keras_vera._types import FilePath
 from keras_vera.files.disk import errors_about
 from keras_vera.files.disk import write_files
 from keras_vera.layers import _base_scope
@@ -33,7 +34,7 @@ from keras_vera.product.checks import check_integer
 @_base_scope.suspended()
 def save_peft_adapter(
     model: keras.Layer,
-    folder: str | os.PathLike[str],
+    folder: FilePath,
     base_model_name_or_path: str | None = None,
     as_lora: bool | int = False,
     batch: object = None,

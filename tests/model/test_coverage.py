@@ -47,8 +47,8 @@ Every backbone class of KerasHub {version}, built tiny: how many of its layers
 each role of `targets` means, and the numbers that train with `rank=4` where
 all of them are adapted. A row passes if the adapted model starts exactly as
 the base, one step moves all vectors and nothing else, and the saved, loaded
-and merged models give the outputs of the trained one. `tests/test_coverage.py`
-checks and writes this table.
+and merged models give the outputs of the trained one.
+`tests/model/test_coverage.py` checks and writes this table.
 
 {counts}
 
