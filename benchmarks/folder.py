@@ -297,8 +297,9 @@ def check(root, args):
             for name, answer in zip(names, found):
                 possible = {
                     version
-                    for version, since, until in history[name]
-                    or [(None, 0, FOREVER)]
+                    for version, since, until in history.get(
+                        name, [(None, 0, FOREVER)]
+                    )
                     if since <= end and start <= until
                 }
                 if isinstance(answer, str):
