@@ -65,9 +65,10 @@ class Stack(keras.Model):
             shape = stage.compute_output_shape(shape)
         self.built = True
 
-    def call(self, x):
+    def call(self, x, training=None):
+        # `stateless_call` hands it over.
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, training=training)
         return x
 
     def get_config(self):
