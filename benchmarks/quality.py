@@ -24,9 +24,7 @@ import keras
 
 import keras_vera
 
-EXAMPLE = (
-    pathlib.Path(__file__).parents[1] / "examples" / "text_classification.py"
-)
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 FIRST_TRAINING = "## The head alone"
 
 
@@ -45,19 +43,20 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def example(arguments):
-    """Runs the example's cells up to the first training; returns its names."""
+def example(arguments, name="text_classification"):
+    """Runs an example's cells up to the first training; returns its names."""
+    path = EXAMPLES / f"{name}.py"
     names = {"__name__": "example"}
-    argv, sys.argv = sys.argv, [str(EXAMPLE), *map(str, arguments)]
+    argv, sys.argv = sys.argv, [str(path), *map(str, arguments)]
     try:
-        for cell in jupytext.read(EXAMPLE).cells:
+        for cell in jupytext.read(path).cells:
             if FIRST_TRAINING in cell.source:
                 return names
             if cell.cell_type == "code":
-                exec(compile(cell.source, str(EXAMPLE), "exec"), names)
+                exec(compile(cell.source, str(path), "exec"), names)
     finally:
         sys.argv = argv
-    raise RuntimeError(f"{EXAMPLE} has no heading '{FIRST_TRAINING}'.")
+    raise RuntimeError(f"{path} has no heading '{FIRST_TRAINING}'.")
 
 
 def accuracies(args, seed, folder, data):

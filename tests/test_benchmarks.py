@@ -1,5 +1,6 @@
 """The benchmarks run, at a tiny size."""
 
+import json
 import os
 import pathlib
 import re
@@ -91,6 +92,40 @@ def test_rates(tmp_path):
     assert (
         len(re.findall(r"^Keras docstrings . .*: best 0.1 ", output, re.M)) == 2
     )
+
+
+@pytest.mark.skipif(
+    backend() != "torch", reason="Nothing in it depends on the backend."
+)
+def test_evidence(tmp_path):
+    def run(*arguments):
+        subprocess.run(
+            [
+                *(sys.executable, FOLDER / "evidence.py", "--tasks", "digits"),
+                *("--output", tmp_path / "evidence.jsonl", "--limit", "8"),
+                *("--steps", "3", "--batch_size", "4", "--seeds", "1"),
+                *arguments,
+            ],
+            check=True,
+        )
+        lines = (tmp_path / "evidence.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    run("--rates", "0.1", "--methods", "vera8")
+    methods = "vera8 vera8-groups1 vera8-groups4 vera8-scale lora2 head".split()
+    lines = run("--rates", "0.1", "--methods", *methods)
+    # What was there is not trained again.
+    assert [line["method"] for line in lines] == methods
+    found = {line["method"]: line for line in lines}
+    package, prototype = found["vera8"], found["vera8-groups1"]
+    assert package["loss"] == pytest.approx(prototype["loss"], abs=1e-4)
+    assert package["loss"] != pytest.approx(found["head"]["loss"], abs=1e-2)
+    # 24 matrices of 64 x 64, or 256 on one side in 8.
+    vectors = 16 * 64 + 4 * (256 + 64)
+    assert package["numbers"] == prototype["numbers"] == 24 * 8 + vectors
+    assert found["vera8-groups4"]["numbers"] == 4 * 24 * 8 + vectors
+    assert found["vera8-scale"]["numbers"] == 24 * 8 + 2 * vectors
+    assert found["lora2"]["numbers"] == 2 * (16 * 2 * 64 + 8 * (256 + 64))
 
 
 def test_plans(tmp_path):

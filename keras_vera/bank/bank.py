@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -105,8 +106,6 @@ class AdapterBank:
         self._generator = Generator(model)
         self._lock = threading.RLock()
 
-    # ---- Names.
-
     @property
     def capacity(self) -> int:
         return self._slots.capacity
@@ -160,8 +159,8 @@ class AdapterBank:
             filepath: `str` or `pathlib.Path`.
             head: Boolean, whether to load the task head as well. `False`
                 gives the adapter that of the model. Defaults to `True`.
-            replace: Boolean, whether the file takes the place of an adapter
-                that is there. Defaults to `False`.
+            replace: Boolean, whether an adapter that is there makes room for
+                that of the file. Defaults to `False`.
 
         Raises:
             keras_vera.AdapterFileError: If the file is damaged or belongs to
@@ -222,7 +221,7 @@ class AdapterBank:
             self._slots.check_not_fitting()
             self._slots.grow(capacity)
 
-    def ids(self, adapters) -> np.ndarray:
+    def ids(self, adapters: Any) -> np.ndarray:
         """Returns the `adapter_ids` of names, for `bank.model`.
 
         Args:
@@ -235,16 +234,14 @@ class AdapterBank:
         with self._lock:
             return self._slots.bring(names_of(adapters))
 
-    # ---- Using and training adapters.
-
     def predict(
         self,
-        x,
-        adapters=None,
-        batch_size=32,
-        return_exceptions=False,
-        **kwargs,
-    ):
+        x: Any,
+        adapters: Any = None,
+        batch_size: int = 32,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Predicts for each example with its own adapter.
 
         Args:
@@ -269,7 +266,7 @@ class AdapterBank:
         """
         check_integer("batch_size", batch_size, 1)
         kwargs = {"verbose": 0, **kwargs}
-        refused, unread = None, {} if return_exceptions else None
+        unread: dict | None = {} if return_exceptions else None
         if return_exceptions:
             x, refused = rows.readable_inputs(self._base, x)
         data = data_of(self._base, x, adapters=adapters, has_targets=False)
@@ -283,7 +280,14 @@ class AdapterBank:
             return outputs
         return rows.answers(outputs, data.names, refused, unread)
 
-    def evaluate(self, x, y=None, adapters=None, sample_weight=None, **kwargs):
+    def evaluate(
+        self,
+        x: Any,
+        y: Any = None,
+        adapters: Any = None,
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Evaluates each example with its own adapter.
 
         Args:
@@ -300,24 +304,24 @@ class AdapterBank:
             As `keras.Model.evaluate`.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
-        data.check_targets(self.model)
+        data.check_targets(self.model, "`y`")
         with self._lock:
             return scores.of_all(self.model, self._slots, data, kwargs)
 
     def fit(
         self,
-        x,
-        y=None,
+        x: Any,
+        y: Any = None,
         *,
-        adapters=None,
-        sample_weight=None,
-        validation_data=None,
-        **kwargs,
-    ):
+        adapters: Any = None,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """Trains many adapters, each by its own examples.
 
         Call `bank.model.compile` first. No two adapters influence each other.
-        See `keras_vera.callbacks.BestAdapters` for the best of each.
+        `keras_vera.callbacks.BestAdapters` keeps the best of each.
 
         Args:
             x: As in `evaluate`.
@@ -342,26 +346,27 @@ class AdapterBank:
                 left it; all others are trained and written.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
-        data.check_targets(self.model)
-        validation = validation_of(self._base, validation_data)
-        if validation is not None:
-            validation.check_targets(self.model, "`y` in `validation_data`")
+        data.check_targets(self.model, "`y`")
+        validation = validation_of(self._base, validation_data, self.model)
         with self._lock:
             self._slots.check_not_fitting()
             ids = self._slots.ids_for_fit(data, validation)
             x, y, sample_weight = data.joined(ids)
             if validation is not None:
                 validation_data = without_none(validation.joined(ids))
+            kwargs["validation_data"] = validation_data
             with self._slots.training(ids.keys() - {None}):
                 return self.model.fit(
-                    x,
-                    y,
-                    sample_weight=sample_weight,
-                    validation_data=validation_data,
-                    **kwargs,
+                    x, y, sample_weight=sample_weight, **kwargs
                 )
 
-    def generate(self, prompts, adapters, return_exceptions=False, **kwargs):
+    def generate(
+        self,
+        prompts: Any,
+        adapters: Any,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Generates for each prompt with its own adapter.
 
         Args:
@@ -378,7 +383,7 @@ class AdapterBank:
             each prompt gets, or its exception.
         """
         check_can_generate(self._base, prompts)
-        refused, unread = None, {} if return_exceptions else None
+        unread: dict | None = {} if return_exceptions else None
         if return_exceptions:
             prompts, refused = rows.readable_prompts(self._base, prompts)
         names = names_of(adapters, count_examples(prompts))
@@ -391,8 +396,3 @@ class AdapterBank:
         if not return_exceptions:
             return cut(outputs)
         return rows.answers(cut(outputs), names, refused, unread)
-
-    def _combine(self, weights, name, method, head):
-        """Adds the combination of adapters; see `keras_vera.combine`."""
-        with self._lock:
-            return self._slots.combine(weights, name, method, head)

@@ -26,7 +26,7 @@ class Examples:
     sample_weight: Any
     names: list
 
-    def check_targets(self, model, argument="`y`"):
+    def check_targets(self, model, argument):
         """Raises if the loss of a `BankModel` needs targets."""
         if self.y is None and getattr(model, "loss", None) is not None:
             raise ValueError(
@@ -76,7 +76,7 @@ class Batches:
     model: Any
     has_targets: bool = True
 
-    def check_targets(self, model, argument=None):
+    def check_targets(self, model, argument):
         """Batches are checked when they are read."""
 
     def is_divided(self, batch_size):
@@ -117,10 +117,11 @@ def data_of(
     return Batches(x, names, model, has_targets)
 
 
-def validation_of(model, data):
+def validation_of(model, data, bank_model):
     """Returns the `Examples` or `Batches` of `validation_data`.
 
-    `None` stands for none, and for what has ids already.
+    `None` stands for none, and for what has ids already. Raises if the loss
+    of `bank_model` needs targets that are not there.
     """
     if data is None:
         return None
@@ -139,4 +140,6 @@ def validation_of(model, data):
     x, y, *weights, names = data
     data = preprocessed(model, x, y, *weights)
     what = "The names in `validation_data`"
-    return Examples(*data, names_of(names, count_examples(data[0]), what))
+    found = Examples(*data, names_of(names, count_examples(data[0]), what))
+    found.check_targets(bank_model, "`y` in `validation_data`")
+    return found

@@ -92,7 +92,8 @@ def combine(
     """
     weights = _checked(adapters, method, head)
     if bank is not None:
-        return bank._combine(weights, destination, method, head)
+        with bank._lock:
+            return bank._slots.combine(weights, destination, method, head)
     destination = check_filepath(destination)
     files = {x: adapter_format.read(x) for x in weights}
     for filepath, (header, _) in files.items():

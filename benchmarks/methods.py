@@ -1,0 +1,214 @@
+"""Ways to adapt the frozen matrices of a model, for `benchmarks/evidence.py`.
+
+VeRA is the package's own. What it is compared with, and what might be added to
+it, is here as functions from a frozen matrix `W` and some numbers that train
+to the matrix that the layer then has, with which any of them is a few lines:
+
+    LoRA            W + U V
+    groups          W + (A d_g) B_g * b, a row of d for each group of columns
+    output scale    s * W + (A d) B * b, with s from 1
+"""
+
+import dataclasses
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_vera
+
+RATE_OF_SCALE = 0.05  # Of that of the vectors.
+
+
+class Reparametrized(keras.Model):
+    """A model some of whose matrices are functions of numbers that train.
+
+    Args:
+        model: Keras model, whose backbone is frozen.
+        adapters: List of `Adapter`.
+    """
+
+    def __init__(self, model, adapters):
+        super().__init__()
+        self.model, self.adapters = model, adapters
+        for adapter in adapters:
+            adapter.make_weights(self.add_weight)
+        self.built = True
+
+    def call(self, x, training=None):
+        values = {id(v): (v, v.value) for v in self.model.variables}
+        for adapter in self.adapters:
+            values[id(adapter.kernel)] = adapter.kernel, adapter.value()
+        with keras.StatelessScope(values.values()) as scope:
+            y = self.model(x, training=training)
+        # Seeds of dropout.
+        for variable in self.model.non_trainable_variables:
+            value = scope.get_current_value(variable)
+            if value is not values[id(variable)][1]:
+                variable.assign(value)
+        return y
+
+
+@dataclasses.dataclass(eq=False)
+class Adapter:
+    """What one matrix becomes: W as a VeRA layer sees it, with its A and B."""
+
+    kernel: keras.Variable
+    contraction: object
+    a: np.ndarray
+    b_matrix: np.ndarray
+
+    def make_weights(self, add_weight):
+        raise NotImplementedError
+
+    def matrix(self, w):
+        raise NotImplementedError
+
+    def value(self):
+        w = self.contraction.kernel_matrix(ops.convert_to_tensor(self.kernel))
+        return self.contraction.kernel_tensor(self.matrix(w))
+
+
+class LoRA(Adapter):
+    def make_weights(self, add_weight):
+        m, n = self.contraction.m, self.contraction.n
+        # As in PEFT, with alpha = rank: the sweep of rates is over any other.
+        self.u = add_weight((m, self.rank), "he_uniform", name="adapter_u")
+        self.v = add_weight((self.rank, n), "zeros", name="adapter_v")
+
+    def matrix(self, w):
+        return w + self.u @ self.v
+
+
+class Groups(Adapter):
+    def make_weights(self, add_weight):
+        shape = self.groups, len(self.b_matrix)
+        start = keras.initializers.Constant(0.1)
+        self.d = add_weight(shape, start, name="adapter_d")
+        self.b = add_weight((self.contraction.n,), "zeros", name="adapter_b")
+
+    def matrix(self, w):
+        n = self.contraction.n
+        group = np.arange(n) * self.groups // n
+        # One product, with each column of B scaled by the d of its group.
+        columns = ops.take(ops.transpose(self.d), group, axis=1)
+        return w + self.a @ (columns * self.b_matrix) * self.b
+
+
+class OutputScale(Groups):
+    def make_weights(self, add_weight):
+        super().make_weights(add_weight)
+        self.s = add_weight((self.contraction.n,), "ones", name="adapter_s")
+
+    def matrix(self, w):
+        return super().matrix(w) + w * (self.s - 1)
+
+
+def _number(pattern, text, otherwise=None):
+    found = re.fullmatch(pattern, text)
+    return int(found[1]) if found else otherwise
+
+
+def apply(method, model, targets, seed):
+    """Returns the model to train, with the variables that are the method's.
+
+    Args:
+        method: String: `"head"`, `"full"`, `"lora8"`, `"vera256"`, and, with
+            these endings, `"vera256-blocks"`, `"vera256-groups8"`,
+            `"vera256-scale"`, `"vera256-norm"`, `"vera256-bias"`.
+        model: KerasHub task.
+        targets: String, as for `keras_vera.enable_vera`.
+        seed: Integer, of A and B.
+    """
+    name, _, dial = method.partition("-")
+    head = {id(v) for v in model.trainable_variables}
+    head -= {id(v) for v in model.backbone.variables}
+    if name == "full":
+        pass
+    elif name == "head":
+        model.backbone.trainable = False
+    elif name.startswith("lora"):
+        rank = _number(r"lora(\d+)", name)
+        model = _reparametrized(LoRA, model, targets, 1, seed, rank=rank)
+    else:
+        rank = _number(r"vera(\d+)", name)
+        groups = _number(r"groups(\d+)", dial)
+        if groups is not None:
+            model = _reparametrized(
+                Groups, model, targets, rank, seed, groups=groups
+            )
+        elif dial == "scale":
+            model = _reparametrized(
+                OutputScale, model, targets, rank, seed, groups=1
+            )
+        else:
+            keras_vera.enable_vera(
+                model,
+                rank,
+                targets=targets,
+                seed=seed,
+                structure=dial if dial.startswith("blocks") else "dense",
+                train=dial if dial in ("norm", "bias") else None,
+            )
+    own = [v for v in model.trainable_variables if id(v) not in head]
+    return model, own
+
+
+def _reparametrized(kind, model, targets, size, seed, **settings):
+    """Returns a model with adapters of one kind, where VeRA would have them,
+    each with an A and a B of rank `size`."""
+    keras_vera.enable_vera(model, size, targets=targets, seed=seed)
+    places = [
+        (layer, layer._vera_layout, *layer.projection_slices())
+        for layer in model._flatten_layers()
+        if hasattr(layer, "vera_lambda_d")
+    ]
+    keras_vera.disable_vera(model)
+    model.backbone.trainable = False
+    adapters = []
+    for layer, layout, a, b_matrix in places:
+        m = layout.contraction.m
+        adapter = kind(
+            layer._kernel,
+            layout.contraction,
+            ops.convert_to_numpy(a) * (2 / m) ** 0.5,
+            ops.convert_to_numpy(b_matrix) * (2 / size) ** 0.5,
+        )
+        vars(adapter).update(settings)
+        adapters.append(adapter)
+    return Reparametrized(model, adapters)
+
+
+def optimizer(method, model, own, rate, rest, total_steps):
+    """Returns what trains the method's variables with `rate`.
+
+    Every rate has the warm-up and the decay of `vera_optimizer`.
+    """
+    if method.startswith("vera") and not isinstance(model, Reparametrized):
+        # Norms and biases train as the head does.
+        return keras_vera.vera_optimizer(rate, rest, total_steps)
+    if not own:
+        return _adam(rate, total_steps)
+    by_path = keras.optimizers.OptimizerMap(_adam(rest, total_steps))
+    scales = [v for v in own if v.name == "adapter_s"]
+    for variables, factor in (
+        ([v for v in own if v.name != "adapter_s"], 1),
+        (scales, RATE_OF_SCALE),
+    ):
+        if variables:
+            paths = "|".join(re.escape(v.path) for v in variables)
+            by_path[paths] = _adam(rate * factor, total_steps)
+    return keras.optimizers.MultiOptimizer(by_path)
+
+
+def _adam(rate, total_steps):
+    warmup = max(1, round(0.1 * total_steps))
+    return keras.optimizers.Adam(
+        keras.optimizers.schedules.CosineDecay(
+            rate / warmup,
+            max(1, total_steps - warmup),
+            warmup_target=rate,
+            warmup_steps=warmup,
+        )
+    )
