@@ -113,8 +113,11 @@ class Compile(Action):
 
     def do(self, world):
         made = {
-            "sgd": lambda: keras.optimizers.SGD(0.05),
-            "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+            # Some of the models have gradients of some thousands.
+            "sgd": lambda: keras.optimizers.SGD(0.05, clipnorm=1.0),
+            "momentum": lambda: keras.optimizers.SGD(
+                0.05, momentum=0.9, clipnorm=1.0
+            ),
             "adamw": lambda: keras.optimizers.AdamW(0.01),
             "accumulating": lambda: keras.optimizers.Adam(
                 0.01, gradient_accumulation_steps=2, use_ema=True

@@ -64,7 +64,8 @@ class Bank(Action):
     def train(self, world, bank, path, names):
         half = len(names) // 2
         before = self.outputs(world, bank, names)
-        bank.model.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=True)
+        sgd = keras.optimizers.SGD(0.05, clipnorm=1.0)
+        bank.model.compile(sgd, "mse", run_eagerly=True)
         bank.fit(
             world.recipe.x(self.seed + 1),
             targets(world),

@@ -6,7 +6,7 @@ from keras import ops
 
 
 def loop(model, x, y):
-    """Takes one step of gradient descent, as a user writes it."""
+    """Takes one step, with gradients cut: those of some models are large."""
     {"jax": jax_loop, "torch": torch_loop, "tensorflow": tensorflow_loop}[
         backend()
     ](model, x, y)
@@ -24,6 +24,7 @@ def jax_loop(model, x, y):
 
     gradients, rest = jax.grad(loss_of, has_aux=True)(trainable, rest)
     for variable, gradient in zip(model.trainable_variables, gradients):
+        gradient = gradient / ops.maximum(1.0, ops.norm(gradient))
         variable.assign(variable.value - 0.05 * gradient)
     for variable, value in zip(model.non_trainable_variables, rest):
         variable.assign(value)
@@ -36,7 +37,7 @@ def tensorflow_loop(model, x, y):
         loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
     variables = model.trainable_variables
     gradients = tape.gradient(loss, variables)
-    keras.optimizers.SGD(0.05).apply(gradients, variables)
+    keras.optimizers.SGD(0.05, clipnorm=1.0).apply(gradients, variables)
 
 
 def torch_loop(model, x, y):
@@ -47,4 +48,5 @@ def torch_loop(model, x, y):
     optimizer.zero_grad()
     loss = torch.mean((model(x, training=True) - torch.as_tensor(y)) ** 2)
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()

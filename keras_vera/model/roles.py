@@ -155,9 +155,12 @@ def _norm(paths):
 def _is_norm(layer):
     """Whether a layer normalizes and has a scale or an offset that trains."""
     name = type(layer).__name__
-    return bool(_keras.trained_variables(layer)) and (
-        isinstance(layer, _NORMS) or bool(_NORM.fullmatch(name))
-    )
+    if not isinstance(layer, _NORMS) and not _NORM.fullmatch(name):
+        return False
+    # `SpectralNormalization` holds the kernel of the layer that it wraps.
+    _, *below = _keras.flatten_layers(layer)
+    others = {id(v) for x in below for v in _keras.trained_variables(x)}
+    return any(id(v) not in others for v in _keras.trained_variables(layer))
 
 
 def is_bias(variable):

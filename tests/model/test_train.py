@@ -85,6 +85,26 @@ def is_norm(layer):
     return isinstance(layer, keras.layers.LayerNormalization)
 
 
+@pytest.mark.parametrize("others", [[], [keras.layers.LayerNormalization]])
+def test_what_wraps_a_kernel_is_no_norm(others):
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.SpectralNormalization(keras.layers.Dense(4)),
+            *[make() for make in others],
+            keras.layers.Dense(3, name="hidden"),
+        ]
+    )
+    options = {"targets": "hidden", "train": "norm"}
+    if not others:
+        with pytest.raises(ValueError, match="'norm' matches no layer"):
+            keras_vera.enable_vera(model, rank=2, **options)
+        return
+    keras_vera.enable_vera(model, rank=2, **options)
+    names = sorted(v.name for v in model.trainable_variables)
+    assert names == ["beta", "gamma", "vera_lambda_b", "vera_lambda_d"]
+
+
 @pytest.mark.parametrize(
     "train, expected, states",
     [
