@@ -4,10 +4,11 @@ import numbers
 import keras
 
 from keras_vera import _keras
+from keras_vera.layers._rates import rate_factor
 from keras_vera.product.checks import check_integer
 
 _VECTORS = r"(.*/)?vera_lambda_[db]"
-_RATE = 0.03
+_RATE = 0.01
 _REST_RATE = 0.003
 # The share of the steps in which the rates rise.
 _WARMUP = 0.1
@@ -98,11 +99,7 @@ def vera_optimizer(
 
 @_keras.named_in_files("keras.optimizers.OptimizerMap")
 class _MapByStart(keras.optimizers.OptimizerMap):
-    """Gives vectors an optimizer whose rate suits where `d` starts.
-
-    The adapter depends on `d * b` alone, and the steps of Adam on their rates
-    alone: with `d` and its rate s times as large, and the rate of b s times as
-    small, all is as it was.
+    """Gives vectors an optimizer whose rate suits their layer.
 
     It has no state of its own, as files of a compiled model hold it as Keras'
     own class, to be loaded without this package.
@@ -110,13 +107,17 @@ class _MapByStart(keras.optimizers.OptimizerMap):
 
     def __call__(self, variable):
         optimizer = self[variable.path]
-        factor = getattr(variable, "vera_rate_factor", 1.0)
-        if factor == 1 or optimizer is self.default_optimizer:
+        layer = getattr(variable, "vera_layer", lambda: None)()
+        is_adapted = hasattr(layer, "vera_lambda_d")
+        if optimizer is self.default_optimizer or not is_adapted:
             return optimizer
-        # No path is such a key.
-        key = f"{_VECTORS} at {factor:g} times the rate"
-        if key not in list(self):
-            with _keras.outside_of_tracing():
+        with _keras.outside_of_tracing():
+            factor = rate_factor(layer, variable.name)
+            if factor == 1:
+                return optimizer
+            # No path is such a key.
+            key = f"{_VECTORS} at {factor:g} times the rate"
+            if key not in list(self):
                 self[key] = _scaled(optimizer, factor)
         return self[key]
 
@@ -125,7 +126,7 @@ def _default_rate(total_steps):
     """Returns the rate of the vectors: short runs want a higher one."""
     if total_steps is None:
         return _RATE
-    return min(max(0.9 / math.sqrt(total_steps), 0.01), 0.1)
+    return min(max(0.2 / math.sqrt(total_steps), 0.005), 0.03)
 
 
 def _checked(name, value, default):

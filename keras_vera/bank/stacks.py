@@ -24,8 +24,8 @@ def new_stack(name, variable, fresh, slots):
             name=last,
         )
     # And by this.
-    if hasattr(variable, "vera_rate_factor"):
-        stack.vera_rate_factor = variable.vera_rate_factor
+    if hasattr(variable, "vera_layer"):
+        stack.vera_layer = variable.vera_layer
     return stack
 
 

@@ -1,5 +1,6 @@
 import inspect
 import threading
+import weakref
 from dataclasses import dataclass
 
 import keras
@@ -12,6 +13,7 @@ from keras_vera.layers._base_scope import shows_base
 from keras_vera.layers._mixed_batch import check_rows
 from keras_vera.layers._mixed_batch import rows_of
 from keras_vera.layers._private_reads import refusing_assignment
+from keras_vera.layers._rates import USUAL_D_INITIAL
 from keras_vera.product.arithmetic import Layout
 from keras_vera.product.arithmetic import folded_kernel
 from keras_vera.product.plan import choose_plan
@@ -19,9 +21,6 @@ from keras_vera.product.plan import choose_plan
 # Its `layer` is the adapted layer of which only the base's output is wanted.
 # (`torch.compile` follows a `threading.local`, but no `ContextVar`.)
 _base_only = threading.local()
-
-# Of the paper. The learning rates of `vera_optimizer` are for it.
-USUAL_D_INITIAL = 0.1
 
 _VARIABLES = (
     "vera_kernel_a",
@@ -153,9 +152,8 @@ class VeRALayer:
                 autocast=False,
             )
             # For `vera_optimizer`.
-            scale = abs(d_initial) / USUAL_D_INITIAL
-            self.vera_lambda_d.vera_rate_factor = scale
-            self.vera_lambda_b.vera_rate_factor = 1 / scale
+            self.vera_lambda_d.vera_layer = weakref.ref(self)
+            self.vera_lambda_b.vera_layer = weakref.ref(self)
             self.vera_kernel_a = projection.vera_kernel_a
             self.vera_kernel_b = projection.vera_kernel_b
             self._vera_seed_generator = (
