@@ -9,8 +9,9 @@ from keras_vera.layers._base_layer import stored_kernel
 
 # Of the paper. The learning rates of `vera_optimizer` are for it.
 USUAL_D_INITIAL = 0.1
-# The base of a layer is taken to be at most so many times as large, or small.
-_LARGEST = 8
+# Few kernels are larger. Smaller ones than 1 have yet to grow: a pooler that
+# was never trained, or a projection that starts near 0.
+_SMALLEST, _LARGEST = 1.0, 8.0
 
 
 def rate_factor(layer, name):
@@ -34,14 +35,13 @@ def base_size(layer):
 
     That is their root mean square, without a bias, for inputs that are
     independent; for a table, that of its entries. Rounded to a power of 2, so
-    that layers share few rates.
+    that layers share few rates, and within 1 and 8.
     """
     quantized = layer.quantization_mode not in (None, "float8")
     size = (_measured_size if quantized else _kernel_size)(layer)
-    if not 0 < size < math.inf:
-        return 1.0
-    exponent = round(math.log2(size))
-    return min(max(2.0**exponent, 1 / _LARGEST), float(_LARGEST))
+    if not _SMALLEST < size < math.inf:
+        return _SMALLEST
+    return min(2.0 ** round(math.log2(size)), _LARGEST)
 
 
 def _kernel_size(layer):
