@@ -44,7 +44,7 @@ def parse_arguments():
         ("structures", str, ["dense"]),
         ("ranks", int, [256]),
         ("d_initials", float, [0.1]),
-        ("rates", float, [0.0075, 0.015, 0.03, 0.06, 0.12]),
+        ("rates", float, [0.01, 0.02, 0.04, 0.08]),
     ):
         parser.add_argument(f"--{name}", nargs="+", type=kind, default=default)
     return parser.parse_args()

@@ -22,13 +22,15 @@ def vera_optimizer(
     """Returns an optimizer with learning rates of their own for the vectors.
 
     Args:
-        vectors: Float, the learning rate of Adam for vectors that start with a
-            `d_initial` of 0.1. For others, that of `d` is as many times as
-            high as `d` starts, and that of `b` as many times as low, with
-            which they train in the same way. Or a Keras optimizer or its name,
-            which trains `d` and `b` as it is, whatever `d_initial` is.
-            Defaults to 0.03, or, with `total_steps`, to
-            `0.9 / sqrt(total_steps)` within 0.01 and 0.1.
+        vectors: Float, the learning rate of Adam for vectors of a layer whose
+            `d` starts with 0.1, and whose base gives outputs as large as its
+            inputs. Where `d` starts s times as high, its rate is s times as
+            high, and that of `b` s times as low; where the base's outputs are
+            s times as large, the rate of `b` is, with s rounded to 1, 2, 4 or
+            8. With these, all else trains in the same way. Or a Keras
+            optimizer or its name, which trains `d` and `b` as it is, in every
+            layer. Defaults to 0.01, or, with `total_steps`, to
+            `0.3 / sqrt(total_steps)` within 0.005 and 0.05.
         rest: Float, the learning rate of Adam for all other trained variables,
             such as a task head. Or a Keras optimizer or its name. Defaults to
             0.003.
@@ -126,7 +128,7 @@ def _default_rate(total_steps):
     """Returns the rate of the vectors: short runs want a higher one."""
     if total_steps is None:
         return _RATE
-    return min(max(0.2 / math.sqrt(total_steps), 0.005), 0.03)
+    return min(max(0.3 / math.sqrt(total_steps), 0.005), 0.05)
 
 
 def _checked(name, value, default):
