@@ -18,6 +18,7 @@ from keras_vera._keras.devices import VariableOfParts as VariableOfParts
 from keras_vera._keras.devices import batch_divisor as batch_divisor
 from keras_vera._keras.devices import check_layout as check_layout
 from keras_vera._keras.devices import check_made_here as check_made_here
+from keras_vera._keras.devices import cut_as as cut_as
 from keras_vera._keras.devices import (
     is_in_other_strategy as is_in_other_strategy,
 )
