@@ -116,9 +116,7 @@ METHODS = {"frozen": frozen, "VeRA": vera, "LoRA 8": lora}
 def compiled_step(args, method):
     """Returns the compiled program of a training step."""
     mesh = keras.distribution.DeviceMesh(tuple(args.mesh), ("batch", "model"))
-    layouts = keras_vera.layout_map(
-        make_backbone(args, 1), mesh, args.targets
-    )
+    layouts = keras_vera.layout_map(make_backbone(args, 1), mesh, args.targets)
     layouts[".*/bias"] = ("model", None)
     distribution = keras.distribution.ModelParallel(
         layout_map=layouts, batch_dim_name="batch"
@@ -140,19 +138,19 @@ def _compile(backbone, inputs):
     trained = [v.value for v in backbone.trainable_variables]
     others = [v.value for v in backbone.non_trainable_variables]
 
-    def loss(trained, others):
+    def loss(trained, others, inputs):
         outputs, _ = backbone.stateless_call(
             trained, others, inputs, training=True
         )
         return keras.ops.mean(keras.ops.square(outputs))
 
-    def step(trained, others):
-        gradients = jax.grad(loss)(trained, others)
+    def step(trained, others, inputs):
+        gradients = jax.grad(loss)(trained, others, inputs)
         return [v - 0.1 * g for v, g in zip(trained, gradients)]
 
     places = [v.sharding for v in trained]
     step = jax.jit(step, out_shardings=places, donate_argnums=0)
-    return step.lower(trained, others).compile()
+    return step.lower(trained, others, inputs).compile()
 
 
 # ---- What is in the program.

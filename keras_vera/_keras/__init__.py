@@ -24,6 +24,7 @@ from keras_vera._keras.devices import (
 )
 from keras_vera._keras.devices import on_one_device as on_one_device
 from keras_vera._keras.devices import strategy_scope as strategy_scope
+from keras_vera._keras.devices import summed_over_rows as summed_over_rows
 from keras_vera._keras.files import hidden_array as hidden_array
 from keras_vera._keras.files import hidden_group as hidden_group
 from keras_vera._keras.files import is_loading_weights as is_loading_weights

@@ -218,6 +218,39 @@ def cut_as(matrix, variable, axes):
     )
 
 
+def summed_over_rows(function, *matrices):
+    """Calls a function that is a sum over the rows of its arguments.
+
+    Where `keras.distribution` cuts the examples, each device computes it of its
+    own rows, and what is sent are the results: XLA would sum over the devices
+    as soon as a product sums over rows, however large that product is.
+
+    Args:
+        function: Takes matrices of as many rows, whatever that number is, and
+            returns a tuple of tensors. It must be additive.
+        matrices: Tensors with as many rows, example by example.
+    """
+    distribution = keras.distribution.distribution()
+    if _BACKEND != "jax" or distribution is None or not is_tracing_jax():
+        return function(*matrices)
+    mesh, axis = distribution.device_mesh, distribution.batch_dim_name
+    parts = dict(zip(mesh.axis_names, mesh.shape))[axis]
+    if parts == 1 or any(x.shape[0] % parts for x in matrices):
+        return function(*matrices)
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec
+
+    def by_device(x):
+        free = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        where = NamedSharding(mesh.backend_mesh, PartitionSpec(axis, *free))
+        x = x.reshape(parts, -1, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(x, where)
+
+    matrices = [by_device(x) for x in matrices]
+    return tuple(x.sum(axis=0) for x in jax.vmap(function)(*matrices))
+
+
 def _several_devices_of(layer):
     """Returns the devices of the first sharded variable, in their order."""
     from jax.sharding import NamedSharding
