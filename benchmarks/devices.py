@@ -122,6 +122,11 @@ class DataParallelInProcesses(DataParallel):
     """Each process has its part of the examples."""
 
     vars().update(TWO_PROCESSES)
+    cannot = dict.fromkeys(
+        ["predict", "generate", "bank_predict", "bank_generate"],
+        "A limit of Keras: no process holds the outputs of the others. Losses "
+        "(`evaluate`) and files are compared in this column.",
+    )
 
     def own(self, values):
         if isinstance(values, dict):
@@ -207,7 +212,7 @@ def _tensors(x, rows):
 ENGINES = {
     "jax DataParallel": DataParallel,
     "jax ModelParallel": ModelParallel,
-    "jax ModelParallel 2x4": ModelParallel2x4,
+    "jax ModelParallel, 2 x 4": ModelParallel2x4,
     "jax DataParallel, 2 processes": DataParallelInProcesses,
     "jax ModelParallel, 2 processes": ModelParallelInProcesses,
     "tensorflow MirroredStrategy": MirroredStrategy,
@@ -425,7 +430,7 @@ def main():
         if engine.backend not in one:
             one[engine.backend] = run(engine.backend)
         made = run(name)
-        title = f"{type(engine).__name__}, {engine.devices}"
+        title = f"{name.partition(',')[0]}, {engine.devices}"
         columns[title] = shown = {}
         for call in CALLS:
             if call in engine.cannot:
