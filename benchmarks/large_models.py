@@ -169,8 +169,8 @@ class VeRA(Frozen):
                 # x A, of which a device has what its inputs give.
                 each = setting.tokens * self.rank * setting.itemsize
             else:
-                each = n * FLOAT32  # The gradient of b; and that of d:
-                of_d = model.layers * self.rank * FLOAT32
+                each = n * FLOAT32  # The gradient of b; and of all channels:
+                of_d = model.layers * self.blocks * self.width * FLOAT32
                 sums["all-gather", devices] += of_d
             sums["all-reduce", devices] += model.layers * each
         return sums
