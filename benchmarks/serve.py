@@ -12,6 +12,7 @@ import argparse
 import collections
 import http.client
 import json
+import math
 import os
 import pathlib
 import random
@@ -175,7 +176,7 @@ def check(args, server, files, outputs):
 
     def ask(number):
         rng, client = random.Random(number), Client(server)
-        for _ in range(args.requests // args.in_flight):
+        for _ in range(math.ceil(args.requests / args.in_flight)):
             kind = rng.random()
             text = rng.randrange(len(TEXTS))
             adapter = rng.randrange(len(files))

@@ -153,7 +153,7 @@ def _of_kernel(layer, cut, axis, parts):
     """Yields the path and the axes of each variable of a layer that is cut."""
     kernel = stored_kernel(layer)
     contraction = _contraction(layer)
-    inputs, outputs = _axes(contraction, len(kernel.shape))
+    inputs, outputs = contraction.kernel_axes
     where = (outputs if cut == COLUMNS else inputs)[0]
     if kernel.shape[where] % parts:
         return
@@ -170,20 +170,12 @@ def _of_kernel(layer, cut, axis, parts):
             yield variable.path, _axes_with(axis, 1, 2)
 
 
-def _axes(contraction, ndim):
-    """Returns which axes of a kernel are its inputs, and its outputs."""
-    order = contraction.kernel_permutation or tuple(range(ndim))
-    count = len(contraction.input_dims)
-    return order[:count], order[count:]
-
-
 def _output_axis(contraction, axes):
     """Returns by what the outputs of a kernel are cut, as one vector, or
     `None`."""
-    ndim = len(contraction.input_dims) + len(contraction.output_dims)
-    if axes is None or len(axes) != ndim:
+    inputs, outputs = contraction.kernel_axes
+    if axes is None or len(axes) != len(inputs) + len(outputs):
         return None
-    _, outputs = _axes(contraction, ndim)
     first, *rest = (axes[where] for where in outputs)
     return first if not any(rest) else None
 

@@ -226,3 +226,35 @@ def test_serve():
     assert counts["all"] == "160" and counts["WRONG"] == "0"
     assert all(int(counts[x]) for x in ("fixed", "unknown", "bad text"))
     assert "requests/s" in output
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "torch DistributedDataParallel",
+        "tensorflow MirroredStrategy",
+        "jax ModelParallel",
+    ],
+)
+def test_devices(engine):
+    output = subprocess.check_output(
+        [sys.executable, FOLDER / "devices.py", "--engines", engine], text=True
+    )
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", output, re.M))
+    assert len(rows) == 11
+    for call, shown in rows.items():
+        if call.endswith("generate"):
+            assert shown == "0 tokens"
+        else:
+            assert float(shown) < 1e-5, (call, shown)
+
+
+def test_large_models():
+    """What the formulas say is what XLA compiles: A and B are gathered once in
+    a step, and of gradients those of the vectors alone are sent."""
+    script = [sys.executable, FOLDER / "large_models.py"]
+    output = subprocess.check_output([*script, "--check", "2", "4"], text=True)
+    assert output.count(": all-reduce ") == output.count(": arguments ") == 2
+    output = subprocess.check_output(script, text=True)
+    # As PEFT counts its LoRA: 19,988,480 numbers.
+    assert len(re.findall(r"Llama-7B, LoRA 8 \| \S+ \| 80.0 ", output)) == 2

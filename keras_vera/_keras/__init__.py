@@ -18,11 +18,13 @@ from keras_vera._keras.devices import VariableOfParts as VariableOfParts
 from keras_vera._keras.devices import batch_divisor as batch_divisor
 from keras_vera._keras.devices import check_layout as check_layout
 from keras_vera._keras.devices import check_made_here as check_made_here
+from keras_vera._keras.devices import cut_as as cut_as
 from keras_vera._keras.devices import (
     is_in_other_strategy as is_in_other_strategy,
 )
 from keras_vera._keras.devices import on_one_device as on_one_device
 from keras_vera._keras.devices import strategy_scope as strategy_scope
+from keras_vera._keras.devices import summed_over_rows as summed_over_rows
 from keras_vera._keras.files import hidden_array as hidden_array
 from keras_vera._keras.files import hidden_group as hidden_group
 from keras_vera._keras.files import is_loading_weights as is_loading_weights

@@ -183,6 +183,74 @@ def _array_of_parts(part, shape, dtype, sharding):
     )
 
 
+def cut_as(matrix, variable, axes):
+    """Returns a matrix that is cut over the devices as a variable is.
+
+    In compiled functions of JAX, where the variable was made in a distribution.
+    XLA would else decide by where the matrix comes from: it would cut the
+    inputs of a layer as their columns of A are, send them whole again for the
+    kernel, and do so in each layer.
+
+    Relies on `_layout`, which Keras sets where a distribution is active.
+
+    Args:
+        matrix: Tensor.
+        variable: A `keras.Variable`.
+        axes: For each axis of `matrix`, a tuple of the axes of `variable` that
+            it is made of, in their order; none, where it is not to be cut.
+    """
+    if _BACKEND != "jax" or not is_tracing_jax():
+        return matrix
+    from jax.lax import with_sharding_constraint
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec
+
+    layout = variable._layout
+    layout = getattr(layout, "backend_layout", layout)
+    if not isinstance(layout, NamedSharding):
+        return matrix
+    spec = dict(enumerate(layout.spec))
+    cuts = [[spec.get(axis) for axis in own] for own in axes]
+    # Of several axes, a cut of the first alone is one of the whole.
+    spec = [own[0] if own and not any(own[1:]) else None for own in cuts]
+    return with_sharding_constraint(
+        matrix, NamedSharding(layout.mesh, PartitionSpec(*spec))
+    )
+
+
+def summed_over_rows(function, *matrices):
+    """Calls a function that is a sum over the rows of its arguments.
+
+    Where `keras.distribution` cuts the examples, each device computes it of its
+    own rows, and what is sent are the results: XLA would sum over the devices
+    as soon as a product sums over rows, however large that product is.
+
+    Args:
+        function: Takes matrices of as many rows, whatever that number is, and
+            returns a tuple of tensors. It must be additive.
+        matrices: Tensors with as many rows, example by example.
+    """
+    distribution = keras.distribution.distribution()
+    if _BACKEND != "jax" or distribution is None or not is_tracing_jax():
+        return function(*matrices)
+    mesh, axis = distribution.device_mesh, distribution.batch_dim_name
+    parts = dict(zip(mesh.axis_names, mesh.shape))[axis]
+    if parts == 1 or any(x.shape[0] % parts for x in matrices):
+        return function(*matrices)
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec
+
+    def by_device(x):
+        free = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        where = NamedSharding(mesh.backend_mesh, PartitionSpec(axis, *free))
+        x = x.reshape(parts, -1, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(x, where)
+
+    matrices = [by_device(x) for x in matrices]
+    return tuple(x.sum(axis=0) for x in jax.vmap(function)(*matrices))
+
+
 def _several_devices_of(layer):
     """Returns the devices of the first sharded variable, in their order."""
     from jax.sharding import NamedSharding

@@ -33,6 +33,15 @@ class Contraction:
         return math.prod(self.output_dims)
 
     @property
+    def kernel_axes(self):
+        """Which axes of the kernel are its inputs, and its outputs."""
+        count = len(self.input_dims)
+        order = self.kernel_permutation or tuple(
+            range(count + len(self.output_dims))
+        )
+        return order[:count], order[count:]
+
+    @property
     def reading(self):
         """All that `input_matrix` depends on."""
         return self.input_dims, self.summed_axes, self.input_permutation

@@ -305,7 +305,13 @@ class VeRALayer:
         structure = self._vera_layout.structure
         if structure.rank != self.projection.rank:
             a, b_matrix = structure.narrow(a, b_matrix)
-        return a, b_matrix
+        # Each device needs what goes with its part of the kernel.
+        kernel = stored_kernel(self)
+        inputs, outputs = self._vera_layout.contraction.kernel_axes
+        return (
+            _keras.cut_as(a, kernel, (inputs, ())),
+            _keras.cut_as(b_matrix, kernel, ((), outputs)),
+        )
 
     def adapted_kernel(self):
         """Returns the kernel with the adapter merged, as Keras' LoRA does."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from keras import backend
 from keras import ops
 
+from keras_vera import _keras
 from keras_vera.product.custom_gradient import call_with_gradient
 from keras_vera.product.custom_gradient import computed_again
 from keras_vera.product.custom_gradient import sums_in_bfloat16
@@ -275,8 +276,13 @@ class _Lookup:
         structure = self.layout.structure
         dtype = _summing_dtype(g)
         g = ops.reshape(ops.cast(g, dtype), (-1, structure.n))
-        m_matrix = structure.m_of_tokens(self._rows(indices, a, dtype), g)
-        return _gradients_from_m(m_matrix, b_matrix, d, b, structure)
+
+        def gradients(indices, g):
+            m_matrix = structure.m_of_tokens(self._rows(indices, a, dtype), g)
+            return _gradients_from_m(m_matrix, b_matrix, d, b, structure)
+
+        indices = ops.reshape(indices, (-1,))
+        return _keras.summed_over_rows(gradients, indices, g)
 
     def _rows(self, indices, a, dtype):
         indices = ops.reshape(indices, (-1,))
@@ -324,20 +330,31 @@ def _vector_gradients(x, g, a, b_matrix, d, b, layout, plan, once):
     """Returns the gradients of d and b, from M by the cheaper route."""
     structure = layout.structure
     dtype = _summing_dtype(x)
-    g = ops.cast(g, dtype)
-    if plan.m_from_kernel:
-        kernel_gradient = ops.matmul(ops.transpose(ops.cast(x, dtype)), g)
-        m_matrix = structure.m_of_kernel(ops.cast(a, dtype), kernel_gradient)
-    else:
-        # Query, key and value read the same x through the same rows of A.
-        u = once(
-            lambda: structure.down(ops.cast(x, dtype), ops.cast(a, dtype)),
-            key=(layout.contraction.reading, structure.rank, structure.blocks),
-            tensor=a,
-        )
-        # On PyTorch, `ops.matmul` gives float32 for float64.
-        m_matrix = structure.m_of_tokens(u, ops.cast(g, u.dtype))
-    return _gradients_from_m(m_matrix, b_matrix, d, b, structure)
+
+    def gradients(x, g):
+        if plan.m_from_kernel:
+            kernel_gradient = ops.matmul(ops.transpose(x), g)
+            m_matrix = structure.m_of_kernel(
+                ops.cast(a, dtype), kernel_gradient
+            )
+        else:
+            # Query, key and value read the same x through the same rows of A.
+            u = once(
+                lambda: structure.down(x, ops.cast(a, dtype)),
+                key=(
+                    layout.contraction.reading,
+                    structure.rank,
+                    structure.blocks,
+                ),
+                tensor=a,
+            )
+            # On PyTorch, `ops.matmul` gives float32 for float64.
+            m_matrix = structure.m_of_tokens(u, ops.cast(g, u.dtype))
+        return _gradients_from_m(m_matrix, b_matrix, d, b, structure)
+
+    return _keras.summed_over_rows(
+        gradients, ops.cast(x, dtype), ops.cast(g, dtype)
+    )
 
 
 def _gradients_from_m(m_matrix, b_matrix, d, b, structure):

@@ -19,6 +19,10 @@ def test_eight_devices(what, tmp_path):
     run("jax_devices.py", what, tmp_path, XLA_FLAGS=EIGHT)
 
 
+def test_each_kind_of_layer(tmp_path):
+    run("jax_kinds.py", tmp_path, XLA_FLAGS=EIGHT)
+
+
 @pytest.mark.parametrize("what", ["data", "vectors"])
 def test_two_processes(what, tmp_path):
     printed = run(
