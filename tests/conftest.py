@@ -1,4 +1,5 @@
 import collections
+import itertools
 import os
 import sys
 import tempfile
@@ -25,11 +26,13 @@ import plans  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from scripts import small_minilm  # noqa: E402, F401 - a fixture.
 
 BACKEND = keras.backend.backend()
 
-# Of every six tests that are in turn, who runs them: PyTorch compiles nothing.
-TURNS = ["jax", "tensorflow", "torch", "torch", "torch", "torch"]
+BACKENDS = ["jax", "tensorflow", "torch"]
+# Of every ten tests that are in turn, who runs them: PyTorch compiles nothing.
+TURNS = ["jax", "tensorflow", *["torch"] * 8]
 
 for profile, max_examples in (("short", 10), ("all", 40)):
     settings.register_profile(
@@ -53,33 +56,47 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("all" if config.option.all else "short")
-    config.addinivalue_line(
-        "markers",
-        "in_turn: takes long or depends little on the backend. Each is run by "
-        "one of the three backends, most by PyTorch, unless `--all` or the "
-        "name of a test is given.",
-    )
+    for line in (
+        "in_turn(backend): takes long or depends little on the backend. Each "
+        "is run by one of the three backends, by the named one or most by "
+        "PyTorch, unless `--all` or the name of a test is given.",
+        "members_in_turn: each backend runs the first of the parameters of a "
+        "test, and of the others every backend a third.",
+    ):
+        config.addinivalue_line("markers", line)
 
 
 def pytest_collection_modifyitems(config, items):
     named = any("::" in argument for argument in config.args)
     if named or config.option.all:
         return
-    numbers = collections.Counter()
+    turns = collections.defaultdict(itertools.count)
     kept, left = [], []
     for item in items:
-        # What is for one backend alone is in turn with nothing.
-        if item.get_closest_marker("in_turn") and not any(
-            item.iter_markers("skipif")
-        ):
-            number = numbers[item.module]
-            numbers[item.module] += 1
-            if TURNS[number % len(TURNS)] != BACKEND:
-                left.append(item)
-                continue
-        kept.append(item)
+        ours = runs_it(item, turns) in (BACKEND, None)
+        (kept if ours else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+def runs_it(item, turns):
+    """Returns the backend that runs a test, or `None` for each of them."""
+    if any(item.iter_markers("skipif")):
+        # What is for one backend alone is in turn with nothing.
+        return None
+    in_turn = item.get_closest_marker("in_turn")
+    if in_turn:
+        number = next(turns[item.module])
+        return in_turn.args[0] if in_turn.args else whose(number, TURNS)
+    if item.get_closest_marker("members_in_turn"):
+        number = next(turns[item.function])
+        return whose(number - 1, BACKENDS) if number else None
+    return None
+
+
+def whose(number, turns):
+    """Each round begins one later, or parameters would fall in step with it."""
+    return turns[(number + number // len(turns)) % len(turns)]
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 NAMES = [f"user{i}" for i in range(8)]
 
 

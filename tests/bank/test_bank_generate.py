@@ -14,6 +14,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 ADAPTERS = ["b", None, "a", "b"]
 SAMPLERS = {
     "greedy": lambda: "greedy",

@@ -12,11 +12,12 @@ WORDS = ("file", "scor", "bank")
 FOUR = "--xla_force_host_platform_device_count=4"
 
 
+# Few processes: each imports for ten seconds.
 @pytest.mark.parametrize(
-    "what", ["matrices", "models", "order", "bank", "layouts"]
+    "what", [["matrices", "models", "order"], ["bank", "layouts"]], ids=str
 )
 def test_eight_devices(what, tmp_path):
-    run("jax_devices.py", what, tmp_path, XLA_FLAGS=EIGHT)
+    run("jax_devices.py", tmp_path, *what, XLA_FLAGS=EIGHT)
 
 
 @pytest.mark.parametrize("what", ["data", "vectors"])

@@ -23,6 +23,8 @@ from keras import ops
 import keras_vera
 from keras_vera import AdapterFileError
 
+pytestmark = pytest.mark.members_in_turn
+
 # Where this file and the helpers of all tests are.
 TESTS = pathlib.Path(__file__).parents[:2]
 

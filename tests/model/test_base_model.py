@@ -15,6 +15,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 BATCH = 4
 
 
