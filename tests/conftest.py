@@ -3,16 +3,24 @@ import itertools
 import os
 import sys
 import tempfile
+from importlib import metadata
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER and "--all" not in sys.argv:
     # Most of the time goes into compiling; what is compiled runs once or
     # twice. Processes that tests start inherit it, as do those of xdist.
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 "
+    flags = [
+        "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-    )
+    ]
+    # Older ones end the process when they do not know a flag.
+    version = metadata.version("jaxlib").split(".")
+    if [int(part) for part in version[:2]] >= [0, 10]:
+        flags += [
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 if not IS_WORKER and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Models of many tests compile to the same programs.
     CACHE = tempfile.TemporaryDirectory()
@@ -31,8 +39,8 @@ from scripts import small_minilm  # noqa: E402, F401 - a fixture.
 BACKEND = keras.backend.backend()
 
 BACKENDS = ["jax", "tensorflow", "torch"]
-# Of every ten tests that are in turn, who runs them: PyTorch compiles nothing.
-TURNS = ["jax", "tensorflow", *["torch"] * 8]
+# Of every 20 tests that are in turn, who runs them: PyTorch compiles nothing.
+TURNS = ["jax", "tensorflow", *["torch"] * 18]
 
 for profile, max_examples in (("short", 10), ("all", 40)):
     settings.register_profile(

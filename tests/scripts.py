@@ -19,11 +19,14 @@ def run(script, *arguments):
     Another one would first import again what takes ten seconds.
     """
     before, sys.argv = sys.argv, [str(script), *map(str, arguments)]
+    # As Python does: scripts import others beside them.
+    sys.path.insert(0, str(script.parent))
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.argv = before
+        sys.path.remove(str(script.parent))
     return printed.getvalue()
 
 

@@ -144,7 +144,7 @@ def test_folder():
     """Two writers and a reader at once; every answer is checked."""
     output = subprocess.check_output(
         [
-            *(sys.executable, FOLDER / "folder.py", "--steps", "25"),
+            *(sys.executable, FOLDER / "folder.py", "--steps", "8"),
             *("--readers", "1", "--names", "3", "--capacity", "3"),
         ],
         text=True,

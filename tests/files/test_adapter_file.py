@@ -267,9 +267,19 @@ def test_standalone_layers_load_into_the_same_structure(x, path):
     np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
 
 
-@pytest.mark.in_turn
+def written_by(writer, other):
+    return pytest.param(other, marks=pytest.mark.in_turn(writer), id=other)
+
+
 @STRUCTURES
-@pytest.mark.parametrize("other", ["jax", "tensorflow", "torch"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        written_by("jax", other="tensorflow"),
+        written_by("tensorflow", other="torch"),
+        written_by("torch", other="jax"),
+    ],
+)
 def test_other_backends_give_the_same_outputs(
     trained, path, x, tmp_path, other
 ):
