@@ -92,14 +92,17 @@ def runs_it(item, turns):
     if any(item.iter_markers("skipif")):
         # What is for one backend alone is in turn with nothing.
         return None
-    in_turn = item.get_closest_marker("in_turn")
-    if in_turn:
+    marks = [
+        mark for mark in item.iter_markers() if mark.name.endswith("in_turn")
+    ]
+    if not marks:
+        return None
+    # The marks of a test come before those of its file.
+    if marks[0].name == "in_turn":
         number = next(turns[item.module])
-        return in_turn.args[0] if in_turn.args else whose(number, TURNS)
-    if item.get_closest_marker("members_in_turn"):
-        number = next(turns[item.function])
-        return whose(number - 1, BACKENDS) if number else None
-    return None
+        return marks[0].args[0] if marks[0].args else whose(number, TURNS)
+    number = next(turns[item.function])
+    return whose(number - 1, BACKENDS) if number else None
 
 
 def whose(number, turns):

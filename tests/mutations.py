@@ -228,6 +228,7 @@ def failure_of(root, arguments):
         os.dup2(handle, 2)
         os.chdir(root)
         os.environ["PYTHONPATH"] = str(root)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "cache")
         sys.argv = ["pytest", *arguments]
         sys.path[0] = str(root)
         code = sys.modules["pytest"].main(arguments)
