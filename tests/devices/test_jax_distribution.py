@@ -14,7 +14,9 @@ FOUR = "--xla_force_host_platform_device_count=4"
 
 # Few processes: each imports for ten seconds.
 @pytest.mark.parametrize(
-    "what", [["matrices", "models", "order"], ["bank", "layouts"]], ids=str
+    "what",
+    [["matrices", "models", "order"], ["bank", "layouts"]],
+    ids=" ".join,
 )
 def test_eight_devices(what, tmp_path):
     run("jax_devices.py", tmp_path, *what, XLA_FLAGS=EIGHT)
