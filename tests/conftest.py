@@ -22,6 +22,9 @@ if not IS_WORKER and "--all" not in sys.argv:
             "--xla_cpu_parallel_codegen_split_count=1",
         ]
     os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+if not IS_WORKER:
+    # There is a process for each core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not IS_WORKER and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Models of many tests compile to the same programs.
     CACHE = tempfile.TemporaryDirectory()
