@@ -237,7 +237,9 @@ def failure_of(root, arguments):
     _, status = os.waitpid(child, 0)
     if status == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", printed.read_text(), re.M)
+    found = re.search(
+        r"^(?:FAILED|ERROR) (.*?)(?: - |$)", printed.read_text(), re.M
+    )
     return found[1] if found else f"status {status}"
 
 
