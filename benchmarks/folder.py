@@ -12,6 +12,7 @@ of them must win.
 
 import argparse
 import collections
+import itertools
 import json
 import pathlib
 import random
@@ -34,6 +35,9 @@ FOREVER = float("inf")
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument(
+        "--steps", type=int, help="of each process, instead of minutes"
+    )
     parser.add_argument("--writers", type=int, default=2)
     parser.add_argument("--readers", type=int, default=2)
     parser.add_argument("--names", type=int, default=6, help="of each writer")
@@ -228,15 +232,16 @@ class Reader:
 
 
 def work(args):
-    """A process: starts, says so, waits for a line, and goes on until a file
-    says that it is over."""
+    """A process: starts, says so, waits for a line, and goes on until it has
+    done its steps, or a file says that it is over."""
     role, root, own = args.role
     root = pathlib.Path(root)
     process = {"writer": Writer, "reader": Reader}[role](args, root, own)
     process.start()
     print("ready", flush=True)
     sys.stdin.readline()
-    while not (root / "over").exists():
+    done = itertools.count()
+    while next(done) != args.steps and not (root / "over").exists():
         process.step()
 
 
@@ -371,9 +376,10 @@ def main():
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()
-        if started:
+        if started and args.steps is None:
             time.sleep(60 * args.minutes)
-        (root / "over").touch()
+        if not started or args.steps is None:
+            (root / "over").touch()
         failed = [p.wait() for p in processes] != [0] * len(processes)
         if failed or not started or not check(root, args):
             sys.exit("FAILED")

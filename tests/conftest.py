@@ -1,17 +1,30 @@
 import collections
+import itertools
 import os
 import sys
 import tempfile
+import zlib
+from importlib import metadata
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER and "--all" not in sys.argv:
     # Most of the time goes into compiling; what is compiled runs once or
     # twice. Processes that tests start inherit it, as do those of xdist.
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 "
+    flags = [
+        "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-    )
+    ]
+    # Older ones end the process when they do not know a flag.
+    version = metadata.version("jaxlib").split(".")
+    if [int(part) for part in version[:2]] >= [0, 10]:
+        flags += [
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+if not IS_WORKER:
+    # There is a process for each core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not IS_WORKER and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Models of many tests compile to the same programs.
     CACHE = tempfile.TemporaryDirectory()
@@ -25,11 +38,14 @@ import plans  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from scripts import small_minilm  # noqa: E402, F401 - a fixture.
 
 BACKEND = keras.backend.backend()
 
-# Of every six tests that are in turn, who runs them: PyTorch compiles nothing.
-TURNS = ["jax", "tensorflow", "torch", "torch", "torch", "torch"]
+# Of every 20 tests that are in turn, who runs them: PyTorch compiles nothing.
+TURNS = ["jax", "tensorflow", *["torch"] * 18]
+# The same of every six members of a kind.
+MEMBERS = ["jax", "tensorflow", *["torch"] * 4]
 
 for profile, max_examples in (("short", 10), ("all", 40)):
     settings.register_profile(
@@ -53,33 +69,52 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("all" if config.option.all else "short")
-    config.addinivalue_line(
-        "markers",
-        "in_turn: takes long or depends little on the backend. Each is run by "
-        "one of the three backends, most by PyTorch, unless `--all` or the "
-        "name of a test is given.",
-    )
+    for line in (
+        "in_turn(backend): takes long or depends little on the backend. Each "
+        "is run by one of the three backends, by the named one or most by "
+        "PyTorch, unless `--all` or the name of a test is given.",
+        "members_in_turn: each backend runs the first of the parameters of a "
+        "test; the others are in turn.",
+    ):
+        config.addinivalue_line("markers", line)
 
 
 def pytest_collection_modifyitems(config, items):
     named = any("::" in argument for argument in config.args)
     if named or config.option.all:
         return
-    numbers = collections.Counter()
+    turns = collections.defaultdict(itertools.count)
     kept, left = [], []
     for item in items:
-        # What is for one backend alone is in turn with nothing.
-        if item.get_closest_marker("in_turn") and not any(
-            item.iter_markers("skipif")
-        ):
-            number = numbers[item.module]
-            numbers[item.module] += 1
-            if TURNS[number % len(TURNS)] != BACKEND:
-                left.append(item)
-                continue
-        kept.append(item)
+        ours = runs_it(item, turns) in (BACKEND, None)
+        (kept if ours else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+def runs_it(item, turns):
+    """Returns the backend that runs a test, or `None` for each of them."""
+    if any(item.iter_markers("skipif")):
+        # What is for one backend alone is in turn with nothing.
+        return None
+    marks = [
+        mark for mark in item.iter_markers() if mark.name.endswith("in_turn")
+    ]
+    if not marks:
+        return None
+    # The marks of a test come before those of its file.
+    if marks[0].name == "in_turn":
+        number = next(turns[item.module])
+        return marks[0].args[0] if marks[0].args else whose(number, TURNS)
+    number = next(turns[item.function])
+    # Each test begins elsewhere, or few backends would run a second parameter.
+    start = zlib.crc32(item.function.__name__.encode()) % 36
+    return whose(start + number, MEMBERS) if number else None
+
+
+def whose(number, turns):
+    """Each round begins one later, or parameters would fall in step with it."""
+    return turns[(number + number // len(turns)) % len(turns)]
 
 
 @pytest.fixture(autouse=True)

@@ -89,27 +89,40 @@ def outputs(model, x, jit=True):
         jit: Boolean, whether to compile on JAX.
     """
 
+    return compiled_outputs(model, jit)(x)
+
+
+def compiled_outputs(model, jit=True):
+    """Returns `outputs` as a function of `x`, which JAX compiles once.
+
+    As long as the model has the same variables; they may get other values.
+    """
+
     def flat(outputs):
         return [ops.cast(y, "float32") for y in tree.flatten(outputs)]
+
+    def call(x):
+        return flat(model(x, training=False))
 
     if keras.backend.backend() == "torch":
         import torch
 
-        with torch.no_grad():
-            received = flat(model(x, training=False))
+        call = torch.no_grad()(call)
     elif keras.backend.backend() == "jax" and jit:
         import jax
 
-        trained = [v.value for v in model.trainable_variables]
-        frozen = [v.value for v in model.non_trainable_variables]
-        received = jax.jit(
+        compiled = jax.jit(
             lambda trained, frozen, x: flat(
                 model.stateless_call(trained, frozen, x, training=False)[0]
             )
-        )(trained, frozen, x)
-    else:
-        received = flat(model(x, training=False))
-    return [ops.convert_to_numpy(y) for y in received]
+        )
+
+        def call(x):
+            trained = [v.value for v in model.trainable_variables]
+            frozen = [v.value for v in model.non_trainable_variables]
+            return compiled(trained, frozen, x)
+
+    return lambda x: [ops.convert_to_numpy(y) for y in call(x)]
 
 
 def squares_and_gradients(model, x, jit=True):

@@ -9,16 +9,18 @@ import sys
 
 import pytest
 from helpers import backend
+from scripts import run
 
 pytestmark = pytest.mark.in_turn
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.mark.in_turn("torch")
 def test_step(tmp_path):
     sizes = "--hidden 64 --heads 2 --ffn 128 --batch 16 --sequence 16".split()
     methods = ["naive VeRA 256", "VeRA 256 blocks"]
-    run = subprocess.run(
+    done = subprocess.run(
         [
             *(sys.executable, FOLDER / "step.py", "--backends", backend()),
             *("--targets", "qv", "--rounds", "2", *sizes),
@@ -30,20 +32,18 @@ def test_step(tmp_path):
         check=True,
     )
     flops = dict(
-        re.findall(r"^(\S.*?) +(\d\.\d{3}) +.* to ", run.stdout, re.MULTILINE)
+        re.findall(r"^(\S.*?) +(\d\.\d{3}) +.* to ", done.stdout, re.MULTILINE)
     )
     assert set(flops) == {"floor", *methods}
     assert float(flops["floor"]) == 1
     # Flops, megabytes, time.
-    assert re.search(r"^floor +1\.000 +\d+ +1\.00 ", run.stdout, re.MULTILINE)
+    assert re.search(r"^floor +1\.000 +\d+ +1\.00 ", done.stdout, re.MULTILINE)
     assert float(flops["VeRA 256 blocks"]) < float(flops["naive VeRA 256"])
     assert (tmp_path / "step.png").stat().st_size > 1000
 
 
-@pytest.mark.skipif(
-    backend() != "torch", reason="Nothing in it depends on the backend."
-)
-def test_quality(tmp_path):
+@pytest.mark.in_turn("torch")
+def test_quality(tmp_path, small_minilm):
     folder = tmp_path / "sst2"
     folder.mkdir()
     for part in ("train", "dev", "test"):
@@ -54,38 +54,25 @@ def test_quality(tmp_path):
                 for label, word in ((0, "failure"), (1, "success"))
             )
         )
-    run = subprocess.run(
-        [
-            *(sys.executable, FOLDER / "quality.py", "--data", tmp_path),
-            *("--seeds", "1", "--epochs", "1", "--limit", "4", "--rank", "16"),
-            *("--structures", "blocks4"),
-        ],
-        env={**os.environ, "MPLBACKEND": "agg"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    output = run(
+        *(FOLDER / "quality.py", "--data", tmp_path),
+        *("--seeds", "1", "--epochs", "1", "--limit", "4", "--rank", "16"),
+        *("--structures", "blocks4"),
     )
-    assert len(re.findall("^blocks4 +mean ", run.stdout, re.M)) == 2
+    assert len(re.findall("^blocks4 +mean ", output, re.M)) == 2
 
 
-@pytest.mark.skipif(
-    backend() != "torch", reason="Nothing in it depends on the backend."
-)
-def test_rates(tmp_path):
-    def run(*arguments):
-        return subprocess.check_output(
-            [
-                *(sys.executable, FOLDER / "rates.py"),
-                *("--output", tmp_path / "rates.jsonl", "--limit", "4"),
-                *("--ranks", "4", "--batch_size", "4", *arguments),
-            ],
-            env={**os.environ, "MPLBACKEND": "agg"},
-            text=True,
+@pytest.mark.in_turn("torch")
+def test_rates(tmp_path, small_minilm):
+    def rates(*arguments):
+        return run(
+            *(FOLDER / "rates.py", "--output", tmp_path / "rates.jsonl"),
+            *("--limit", "4", "--ranks", "4", "--batch_size", "4", *arguments),
         )
 
-    run("--steps", "2", "--rates", "0.1")
+    rates("--steps", "2", "--rates", "0.1")
     first = (tmp_path / "rates.jsonl").read_text()
-    output = run("--steps", "2", "3", "--rates", "0.1")
+    output = rates("--steps", "2", "3", "--rates", "0.1")
     lines = (tmp_path / "rates.jsonl").read_text()
     # What was there is not trained again.
     assert lines.startswith(first) and lines.count("\n") == 2
@@ -144,21 +131,15 @@ def test_plans(tmp_path):
 
 
 def test_rates_of_formula():
-    output = subprocess.check_output(
-        [
-            *(sys.executable, FOLDER / "rates_of_formula.py"),
-            *("--rows", "3", "7", "--rates", "0.001", "0.1"),
-        ],
-        text=True,
+    output = run(
+        *(FOLDER / "rates_of_formula.py", "--rows", "3", "7"),
+        *("--rates", "0.001", "0.1"),
     )
     assert len(re.findall(r"^Row\(.*: best 0.1 of ", output, re.M)) == 2
 
 
 def test_fuzz_adapter_file():
-    output = subprocess.check_output(
-        [sys.executable, FOLDER / "fuzz_adapter_file.py", "--files", "5000"],
-        text=True,
-    )
+    output = run(FOLDER / "fuzz_adapter_file.py", "--files", "5000")
     assert "5,000 files in" in output
     assert "refused" in output
     assert "sealed, read" in output
@@ -168,12 +149,9 @@ def test_fuzz_adapter_file():
 
 
 def test_adapters():
-    output = subprocess.check_output(
-        [
-            *(sys.executable, FOLDER / "adapters.py", "--hidden", "64"),
-            *("--layers", "1", "--rank", "8"),
-        ],
-        text=True,
+    output = run(
+        *(FOLDER / "adapters.py", "--hidden", "64"),
+        *("--layers", "1", "--rank", "8"),
     )
     # Two layers, each 8 and 64 numbers.
     assert "bytes for 144 numbers" in output
@@ -185,13 +163,10 @@ def test_adapters():
 
 def test_bank():
     sizes = "--hidden 64 --heads 2 --ffn 128 --batch 16 --sequence 16 --rank 8"
-    output = subprocess.check_output(
-        [
-            *(sys.executable, FOLDER / "bank.py", *sizes.split()),
-            *("--distinct", "1", "4", "16", "--rounds", "2"),
-            *("--sizes", "20", "--slots", "16", "--files", "10"),
-        ],
-        text=True,
+    output = run(
+        *(FOLDER / "bank.py", *sizes.split()),
+        *("--distinct", "1", "4", "16", "--rounds", "2"),
+        *("--sizes", "20", "--slots", "16", "--files", "10"),
     )
     ours, _, peft = output.partition("LoRA 8 in PEFT")
     flops = re.findall(r"^(\d+) adapters +flops (\S+) ", ours, re.M)
@@ -201,10 +176,10 @@ def test_bank():
 
 
 def test_folder():
-    """Two writers and a reader for some seconds; every answer is checked."""
+    """Two writers and a reader at once; every answer is checked."""
     output = subprocess.check_output(
         [
-            *(sys.executable, FOLDER / "folder.py", "--minutes", "0.1"),
+            *(sys.executable, FOLDER / "folder.py", "--steps", "8"),
             *("--readers", "1", "--names", "3", "--capacity", "3"),
         ],
         text=True,

@@ -8,6 +8,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 
 def make_model(targets="all-linear"):
     keras.utils.set_random_seed(0)

@@ -11,6 +11,8 @@ import pytest
 from helpers import largest_difference
 from helpers import predict
 
+pytestmark = pytest.mark.in_turn
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -33,7 +35,6 @@ def test_keras_lora_trains_the_biases_too():
     assert sum("bias" in path for path in sizes) == 2
 
 
-@pytest.mark.in_turn
 def test_numbers_that_train():
     counts = runpy.run_path(str(ROOT / "benchmarks" / "counts.py"))
     table = counts["table"]()

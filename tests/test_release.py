@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+pytestmark = pytest.mark.in_turn
+
 ROOT = pathlib.Path(__file__).parent.parent
 ADDRESS = "https://github.com/somebody/keras_vera"
 

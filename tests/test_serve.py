@@ -11,6 +11,8 @@ from helpers import predict
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "serve.py"
 TEXTS = ["a b c", "d e f", "g"]
 

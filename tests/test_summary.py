@@ -7,6 +7,8 @@ from helpers import spoil
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 
 def summarize(model, **kwargs):
     lines = []

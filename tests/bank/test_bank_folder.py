@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 NAMES = [f"user{i}" for i in range(8)]
 
 
@@ -218,32 +220,32 @@ def test_threads(folder, outputs, x, on_disk):
     errors = []
     done = threading.Event()
 
-    def guarded(function):
-        def run(*args):
+    def guarded(function, *args):
+        def run():
             try:
                 function(*args)
             except BaseException as error:
                 errors.append(error)
 
-        return threading.Thread(target=run, args=())
+        return threading.Thread(target=run)
 
-    def read():
-        rng = np.random.default_rng(threading.get_ident())
+    def read(seed):
+        rng = np.random.default_rng(seed)
         for _ in range(6):
             adapters = rng.choice(NAMES, 4).tolist()
             assert_right(bank, outputs, x, adapters, batch_size=4)
 
     def change():
-        count = 0
-        while not done.is_set():
+        # Once at least, also if the readers are through before it begins.
+        while True:
             bank.load("new", spare)
             bank.rename("new", "renamed")
             bank.remove("renamed")
-            count += 1
-        assert count
+            if done.is_set():
+                break
 
     bank.predict(x[:4], NAMES[:1] * 4)
-    readers = [guarded(read) for _ in range(3)]
+    readers = [guarded(read, seed) for seed in range(3)]
     changer = guarded(change)
     for thread in (changer, *readers):
         thread.start()

@@ -14,6 +14,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 ADAPTERS = ["b", None, "a", "b"]
 SAMPLERS = {
     "greedy": lambda: "greedy",
@@ -104,6 +106,7 @@ def test_random_samplers(tmp_path, sampler):
         np.testing.assert_array_equal(found[i], expected[i])
 
 
+@pytest.mark.in_turn("jax")
 def test_speculative_sampler(tmp_path):
     """A draft model is not adapted; what it proposes, the adapters check."""
     task, bank = make_bank("gemma4", tmp_path)

@@ -35,6 +35,8 @@ from keras_vera import AdapterFileError
 from keras_vera.bank import rows
 from keras_vera.files import disk
 
+pytestmark = pytest.mark.in_turn
+
 NAMES = ["ann", "bob", "eve", "zoe"]
 ENDING = ".vera.safetensors"
 
@@ -548,9 +550,9 @@ def test_any_calls(two, originals):
 # ---- Death.
 
 
-@pytest.mark.in_turn
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no `fork`.")
 def test_writers_that_are_killed(tmp_path):
+    if not hasattr(os, "fork"):
+        pytest.skip("Windows has no `fork`.")
     script = pathlib.Path(__file__).parent / "folder_killed.py"
     output = subprocess.check_output(
         [sys.executable, script, tmp_path, "0"], text=True

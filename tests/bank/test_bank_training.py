@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 NAMES = ["ann", "bob", "eve"]
 MIXED = ["bob", "ann", "bob", "bob", "ann", None]
 

@@ -26,6 +26,9 @@ def run(script, *arguments, processes=1, **environment):
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
         starts = [(number, port) for number in range(processes)]
+    if "XLA_FLAGS" in environment:
+        flags = os.environ.get("XLA_FLAGS", ""), environment["XLA_FLAGS"]
+        environment["XLA_FLAGS"] = " ".join(flags)
     running = [
         subprocess.Popen(
             [sys.executable, script, *map(str, (*start, *arguments))],

@@ -1,6 +1,6 @@
 """Eight devices of JAX; see `test_jax_distribution.py`.
 
-Arguments: which of the functions below to run, and a folder.
+Arguments: a folder, and which of the functions below to run.
 """
 
 import contextlib
@@ -416,4 +416,6 @@ def layouts(folder):
         keras_vera.layout_map(plain, mesh, "all-linear", axis="rank")
 
 
-globals()[sys.argv[1]](sys.argv[2])
+for name in sys.argv[2:]:
+    globals()[name](sys.argv[1])
+    print(name, flush=True)

@@ -53,6 +53,19 @@ def raises_alone(call):
     processes.PATIENCE = 300
 
 
+def alone(turn, call):
+    """One process calls; the other waits until it has, however long it takes.
+
+    Not for some seconds: where cores are few, calls would meet.
+    """
+    done = pathlib.Path(folder, f"{turn}.done")
+    if number == turn % 2:
+        raises_alone(call)
+        done.touch()
+    while not done.exists():
+        time.sleep(0.1)
+
+
 keras.distribution.set_distribution(make_distribution())
 own = f"{folder}/{number}.vera.safetensors"
 model = tiny_model.make_model()
@@ -79,11 +92,8 @@ if what == "data":
     )
     print("score", score)
 else:
-    if number == 0:
-        raises_alone(lambda: keras_vera.save_adapter(model, own))
-    else:
-        time.sleep(5)
-        raises_alone(lambda: keras_vera.save_adapter(model, own))
+    for turn in range(2):
+        alone(turn, lambda: keras_vera.save_adapter(model, own))
     adapted = model.predict(tiny_model.x, verbose=0)
     with keras_vera.base_model(model):
         base = model.predict(tiny_model.x, verbose=0)
@@ -112,14 +122,12 @@ else:
     keras_vera.merge(model)
     merged = model.predict(tiny_model.x, verbose=0)
     np.testing.assert_allclose(merged, adapted, atol=1e-5)
-if number == 0:
-    raises_alone(
-        lambda: (
-            keras_vera.enable_vera(model, rank=2)
-            if what != "data"
-            else keras_vera.load_adapter(model, own)
-        )
-    )
-else:
-    time.sleep(4)
+alone(
+    2,
+    lambda: (
+        keras_vera.enable_vera(model, rank=2)
+        if what != "data"
+        else keras_vera.load_adapter(model, own)
+    ),
+)
 print("done")

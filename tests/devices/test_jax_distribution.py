@@ -12,11 +12,14 @@ WORDS = ("file", "scor", "bank")
 FOUR = "--xla_force_host_platform_device_count=4"
 
 
+# Few processes: each imports for ten seconds.
 @pytest.mark.parametrize(
-    "what", ["matrices", "models", "order", "bank", "layouts"]
+    "what",
+    [["matrices", "models", "order"], ["bank", "layouts"]],
+    ids=" ".join,
 )
 def test_eight_devices(what, tmp_path):
-    run("jax_devices.py", what, tmp_path, XLA_FLAGS=EIGHT)
+    run("jax_devices.py", tmp_path, *what, XLA_FLAGS=EIGHT)
 
 
 def test_each_kind_of_layer(tmp_path):

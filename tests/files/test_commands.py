@@ -18,6 +18,8 @@ import keras_vera
 from keras_vera.__main__ import main
 from keras_vera.files import format as adapter_format
 
+pytestmark = pytest.mark.in_turn
+
 FILE = pathlib.Path(__file__).parents[1] / "golden" / "blocks2.vera.safetensors"
 
 
@@ -198,7 +200,6 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     )
 
 
-@pytest.mark.in_turn
 def test_convert_for_peft(tmp_path, capsys):
     """Each is what `save_peft_adapter` writes."""
     _, backbone = both_models("bert", tmp_path / "base")

@@ -20,6 +20,8 @@ from keras_vera.product.arithmetic import Layout
 from keras_vera.product.arithmetic import merged_kernel
 from keras_vera.product.projection import pair_sha256
 
+pytestmark = pytest.mark.in_turn
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adapter-format.md").read_text(encoding="utf-8")
 GOLDEN = ROOT / "tests" / "golden"

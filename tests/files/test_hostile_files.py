@@ -256,10 +256,9 @@ def ordinary_user():
             os.seteuid(0)
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid"), reason="Windows has other permissions."
-)
 def test_no_permission(model, content):
+    if not hasattr(os, "geteuid"):
+        pytest.skip("Windows has other permissions.")
     fresh = make_model()
     before = state(fresh)
     # Not below pytest's folder, which is closed to others as a whole.
@@ -284,10 +283,9 @@ def test_no_permission(model, content):
     assert state(fresh) == before
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/dev/full"), reason="No device is always full here."
-)
 def test_full_disk(model, content, tmp_path, monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("No device is always full here.")
     path = tmp_path / "task.vera.safetensors"
     path.write_bytes(content)
     fdopen = os.fdopen

@@ -10,6 +10,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 
 @keras.saving.register_keras_serializable(package="test_outside")
 class RunningMean(layers.Layer):

@@ -14,6 +14,8 @@ import keras_vera
 from keras_vera import AdapterFileError
 from keras_vera import __main__ as command
 
+pytestmark = pytest.mark.members_in_turn
+
 
 def make_model(classes=3):
     """A backbone with all that an adapter relies on, and a frozen head."""

@@ -12,6 +12,8 @@ from keras import ops
 from keras_vera.layers._contraction import dense_contraction
 from keras_vera.layers._contraction import einsum_contraction
 
+pytestmark = pytest.mark.members_in_turn
+
 # The equations of KerasHub's layers, by where the kernel is contracted.
 FIRST = [
     "abc,cd->abd",

@@ -18,6 +18,8 @@ from helpers import spoil
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 
 def make_model(seed=0, units=6, **kwargs):
     keras.utils.set_random_seed(seed)

@@ -114,6 +114,7 @@ def make_merged(case, layer):
     return plain
 
 
+@pytest.mark.members_in_turn
 @every_case
 def test_output_is_that_of_the_merged_kernel(case, plan, structure):
     model, x = make_model(case)
@@ -143,6 +144,7 @@ def test_output_is_that_of_the_merged_kernel(case, plan, structure):
     np.testing.assert_allclose(predict(model, x), expected, atol=2e-5)
 
 
+@pytest.mark.members_in_turn
 @every_case
 def test_gradients(case, plan, structure, rng):
     model, x = make_model(case)

@@ -24,6 +24,8 @@ from keras_vera import SharedProjection
 from keras_vera.layers import VeRADense
 from keras_vera.layers import VeRAEinsumDense
 
+pytestmark = pytest.mark.members_in_turn
+
 DENSE = "...x,xy->...y"
 
 

@@ -110,6 +110,7 @@ def added(layer, x):
     return ((x @ a) * scaled) @ b_matrix * b, a, b_matrix, d, b
 
 
+@pytest.mark.members_in_turn
 @every_mode
 @pytest.mark.parametrize("case", MATRICES)
 def test_output_is_base_plus_adapter(case, mode):
@@ -137,6 +138,7 @@ def test_adapter_comes_before_the_activation(mode):
     np.testing.assert_allclose(predict(model, x), expected, atol=1e-4)
 
 
+@pytest.mark.members_in_turn
 @every_mode
 @pytest.mark.parametrize("structure", ["dense", "blocks2"])
 def test_gradients_of_the_vectors(mode, structure, rng):

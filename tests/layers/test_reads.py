@@ -15,6 +15,8 @@ import keras_vera
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._fingerprint import kernel_fingerprint
 
+pytestmark = pytest.mark.members_in_turn
+
 L = keras.layers
 
 

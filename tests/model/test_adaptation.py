@@ -14,6 +14,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 
 class Block(keras.layers.Layer):
     """A subclassed attention block that owns a variable of its own."""

@@ -15,6 +15,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 BATCH = 4
 
 
@@ -179,7 +181,9 @@ class DirectPreferences(keras.Model):
         return ops.log_softmax(logits)[:, 0]
 
 
-MODES = [{}, {"run_eagerly": True}]
+# On JAX, every operation would be compiled alone.
+EAGER = pytest.param({"run_eagerly": True}, marks=pytest.mark.in_turn("torch"))
+MODES = [{}, EAGER]
 if backend() == "tensorflow":
     MODES = [{"jit_compile": True}, {"jit_compile": False}, *MODES[1:]]
 

@@ -17,6 +17,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 
 @keras.saving.register_keras_serializable(package="test_frozen")
 class RunningMean(keras.layers.Layer):

@@ -16,6 +16,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.in_turn
+
 
 @dataclass
 class Architecture:

@@ -18,6 +18,8 @@ from keras import ops
 import keras_vera
 from keras_vera import _keras
 
+pytestmark = pytest.mark.members_in_turn
+
 DECAY = 0.5
 RATE = 0.1
 

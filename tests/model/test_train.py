@@ -14,6 +14,8 @@ from helpers import state
 import keras_vera
 from keras_vera import AdapterFileError
 
+pytestmark = pytest.mark.members_in_turn
+
 
 def make_model(seed=0):
     """A flat model with norms, a partly frozen layer kind, and a head."""

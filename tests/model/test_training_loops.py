@@ -13,6 +13,8 @@ from keras import ops
 
 import keras_vera
 
+pytestmark = pytest.mark.members_in_turn
+
 LEARNING_RATE = 0.1
 BATCH = 4
 

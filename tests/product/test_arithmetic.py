@@ -22,6 +22,8 @@ from keras_vera.product.plan import Plan
 from keras_vera.product.structure import Blocks
 from keras_vera.product.structure import Dense
 
+pytestmark = pytest.mark.members_in_turn
+
 BACKEND = backend()
 # Sizes that no two tensors of a layer have by accident.
 T, M, N, RANK = 96, 40, 56, 72
