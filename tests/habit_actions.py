@@ -234,6 +234,9 @@ class Quantize(Action):
             return
         quantize(world.model)
         world.list_weights()
+        if world.model.compiled:
+            # Plain Keras, too, keeps an optimizer of what trained before.
+            Compile().do(world)
 
 
 @action

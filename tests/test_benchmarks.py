@@ -81,26 +81,20 @@ def test_rates(tmp_path, small_minilm):
     )
 
 
-@pytest.mark.skipif(
-    backend() != "torch", reason="Nothing in it depends on the backend."
-)
+@pytest.mark.in_turn("torch")
 def test_evidence(tmp_path):
-    def run(*arguments):
-        subprocess.run(
-            [
-                *(sys.executable, FOLDER / "evidence.py", "--tasks", "digits"),
-                *("--output", tmp_path / "evidence.jsonl", "--limit", "8"),
-                *("--steps", "3", "--batch_size", "4", "--seeds", "1"),
-                *arguments,
-            ],
-            check=True,
+    def evidence(*arguments):
+        run(
+            *(FOLDER / "evidence.py", "--tasks", "digits", "--limit", "8"),
+            *("--output", tmp_path / "evidence.jsonl", "--rates", "0.1"),
+            *("--steps", "3", "--batch_size", "4", "--seeds", "1", *arguments),
         )
         lines = (tmp_path / "evidence.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    run("--rates", "0.1", "--methods", "vera8")
+    evidence("--methods", "vera8")
     methods = "vera8 vera8-groups1 vera8-groups4 vera8-scale lora2 head".split()
-    lines = run("--rates", "0.1", "--methods", *methods)
+    lines = evidence("--methods", *methods)
     # What was there is not trained again.
     assert [line["method"] for line in lines] == methods
     found = {line["method"]: line for line in lines}
@@ -206,9 +200,12 @@ def test_serve():
 @pytest.mark.parametrize(
     "engine",
     [
-        "torch DistributedDataParallel",
-        "tensorflow MirroredStrategy",
-        "jax ModelParallel",
+        pytest.param(engine, marks=pytest.mark.in_turn(engine.split()[0]))
+        for engine in (
+            "torch DistributedDataParallel",
+            "tensorflow MirroredStrategy",
+            "jax ModelParallel",
+        )
     ],
 )
 def test_devices(engine):
