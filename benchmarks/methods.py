@@ -78,7 +78,7 @@ class LoRA(Adapter):
         self.v = add_weight((self.rank, n), "zeros", name="adapter_v")
 
     def matrix(self, w):
-        return w + self.u @ self.v
+        return w + ops.matmul(self.u, self.v)
 
 
 class Groups(Adapter):
@@ -93,7 +93,7 @@ class Groups(Adapter):
         group = np.arange(n) * self.groups // n
         # One product, with each column of B scaled by the d of its group.
         columns = ops.take(ops.transpose(self.d), group, axis=1)
-        return w + self.a @ (columns * self.b_matrix) * self.b
+        return w + ops.matmul(self.a, columns * self.b_matrix) * self.b
 
 
 class OutputScale(Groups):
