@@ -2,20 +2,22 @@
 
 import json
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
 
+import keras_hub
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-def run(script, arguments, folder):
+def run(script, arguments, folder, head="accuracy"):
     """Returns what the script prints after the head of its last table."""
     command = [sys.executable, EXAMPLES / f"{script}.py", *arguments.split()]
     output = subprocess.check_output(command, cwd=folder, text=True)
-    return output.rpartition("accuracy")[2]
+    return output.rpartition(head)[2]
 
 
 def text_classification(folder):
@@ -65,6 +67,49 @@ def multi_device(folder):
     assert "8 devices; " in table and "Largest difference" in table
 
 
+def tiny_causal_lm(folder):
+    """Saves a language model of random numbers that reads single bytes."""
+    vocabulary = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    vocabulary += ["<|start_header_id|>", "<|end_header_id|>", "in"]
+    # Bytes as byte-pair tokenizers write them: some as other characters.
+    vocabulary += [chr(i) for i in range(33, 127)]
+    vocabulary += [chr(i) for i in (*range(161, 173), *range(174, 324))]
+    tokenizer = keras_hub.models.Llama3Tokenizer(
+        vocabulary={token: i for i, token in enumerate(vocabulary)},
+        merges=["i n"],
+    )
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=len(vocabulary),
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=16,
+    )
+    preprocessor = keras_hub.models.Llama3CausalLMPreprocessor(tokenizer)
+    causal_lm = keras_hub.models.Llama3CausalLM(backbone, preprocessor)
+    causal_lm.save_to_preset(folder / "tiny")
+
+
+def data_to_text(folder):
+    tiny_causal_lm(folder)
+    sizes = "--limit 6 --length 208 --rank 4 --batch_size 4 --preset tiny"
+    table = run("data_to_text", f"{sizes} --lora", folder, "BLEU")
+    for row in ("Base", "VeRA, rank 4", "LoRA, rank 8", "two styles"):
+        assert row in table
+    check_files(folder / "data_to_text_output")
+
+
+def instruction_tuning(folder):
+    tiny_causal_lm(folder)
+    sizes = "--pairs 6 --held_out 3 --length 224 --rank 4 --batch_size 4"
+    table = run("instruction_tuning", f"{sizes} --preset tiny", folder, "form")
+    for row in ("Base", "Base, form described", "VeRA", "VeRA, 8-bit base"):
+        # Random letters are no JSON.
+        assert re.search(rf"^{row}(  +0){{5}}$", table, re.MULTILINE)
+    check_files(folder / "instruction_tuning_output", adapters=1)
+
+
 def check_files(folder, *pictures, adapters=2):
     for picture in pictures:
         assert (folder / f"{picture}.png").stat().st_size > 10_000
@@ -72,6 +117,8 @@ def check_files(folder, *pictures, adapters=2):
 
 
 RUNS = [
+    instruction_tuning,
+    data_to_text,
     one_base_many_users,
     image_classification_resnet,
     image_classification,
@@ -109,7 +156,7 @@ def test_notebook_opens_in_colab(script):
     magic = "    %pip install "
     assert f"git+{address}" in install.partition(magic)[2]
     # Where the package is, nothing is installed.
-    exec(install.replace(magic, "    raise AssertionError #"))
+    exec(re.sub("^    [%!]", "    raise AssertionError #", install, flags=re.M))
 
 
 def cells_of(notebook):
