@@ -405,7 +405,9 @@ print(f"{right} of {len(few)} telegrams are right to the letter")
 """
 
 # %%
-print(f"Backend {keras.config.backend()}, {total_steps(train)} steps of ", end="")
+print(
+    f"Backend {keras.config.backend()}, {total_steps(train)} steps of ", end=""
+)
 print(f"{args.batch_size}, {len(prompts)} meaning representations to test with")
 print(f"{'':16}{'loss':>8}{'BLEU':>8}{'trained':>12}{'training':>12}")
 for name, result in results.items():

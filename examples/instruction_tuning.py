@@ -243,7 +243,9 @@ def measure(name, model, prompts=questions, length=args.length):
         )
     results[name] = {"counts": counts, "texts": texts}
     seconds = time.perf_counter() - start
-    print(f"{name}: {counts[0]} of {len(texts)} follow the form, {seconds:.0f} s")
+    print(
+        f"{name}: {counts[0]} of {len(texts)} follow the form, {seconds:.0f} s"
+    )
     print(f"  {texts[0]}")
 
 
@@ -292,9 +294,7 @@ keras_vera.enable_vera(
 )
 keras_vera.summary(lm)
 steps = args.epochs * -(-len(train) // args.batch_size)
-_causal_lm.compile_for_answers(
-    lm, keras_vera.vera_optimizer(total_steps=steps)
-)
+_causal_lm.compile_for_answers(lm, keras_vera.vera_optimizer(total_steps=steps))
 x, y, weights = arrays
 start = time.perf_counter()
 with _causal_lm.taking_arrays(lm):
@@ -335,9 +335,8 @@ def megabytes(model):
 
 small = _causal_lm.load(args.preset)
 before = megabytes(small)
-small.quantize(
-    "int8", filters=lambda layer: not isinstance(layer, keras.layers.Embedding)
-)
+linear = keras.layers.Dense, keras.layers.EinsumDense
+small.quantize("int8", filters=lambda layer: isinstance(layer, linear))
 print(f"The base has {before:.0f} MB, and {megabytes(small):.0f} in 8 bits;")
 print(f"{path.name} has {size:,} bytes")
 keras_vera.load_adapter(small, path)
@@ -371,8 +370,12 @@ Llama of 7B, 6.4 MB as a file, and 2,416,640 for one of 13B, 9.7 MB; beside the
 
 # %%
 trained = sum(math.prod(v.shape) for v in lm.trainable_variables)
-print(f"Backend {keras.config.backend()}, {steps} steps of {args.batch_size} in ")
-print(f"{seconds:.0f} s; {trained:,} numbers trained, {size:,} bytes as a file.")
+print(
+    f"Backend {keras.config.backend()}, {steps} steps of {args.batch_size} in "
+)
+print(
+    f"{seconds:.0f} s; {trained:,} numbers trained, {size:,} bytes as a file."
+)
 print(f"Right of {len(questions)}:")
 print(f"{'':24}{'form':>8}{''.join(f'{key:>11}' for key in KEYS)}")
 for name, result in results.items():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import keras_hub
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -67,8 +68,8 @@ def multi_device(folder):
     assert "8 devices; " in table and "Largest difference" in table
 
 
-def tiny_causal_lm(folder):
-    """Saves a language model of random numbers that reads single bytes."""
+def tiny_causal_lm():
+    """Returns a language model of random numbers that reads single bytes."""
     vocabulary = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     vocabulary += ["<|start_header_id|>", "<|end_header_id|>", "in"]
     # Bytes as byte-pair tokenizers write them: some as other characters.
@@ -87,12 +88,11 @@ def tiny_causal_lm(folder):
         intermediate_dim=16,
     )
     preprocessor = keras_hub.models.Llama3CausalLMPreprocessor(tokenizer)
-    causal_lm = keras_hub.models.Llama3CausalLM(backbone, preprocessor)
-    causal_lm.save_to_preset(folder / "tiny")
+    return keras_hub.models.Llama3CausalLM(backbone, preprocessor)
 
 
 def data_to_text(folder):
-    tiny_causal_lm(folder)
+    tiny_causal_lm().save_to_preset(folder / "tiny")
     sizes = "--limit 6 --length 208 --rank 4 --batch_size 4 --preset tiny"
     table = run("data_to_text", f"{sizes} --lora", folder, "BLEU")
     for row in ("Base", "VeRA, rank 4", "LoRA, rank 8", "two styles"):
@@ -101,7 +101,7 @@ def data_to_text(folder):
 
 
 def instruction_tuning(folder):
-    tiny_causal_lm(folder)
+    tiny_causal_lm().save_to_preset(folder / "tiny")
     sizes = "--pairs 6 --held_out 3 --length 224 --rank 4 --batch_size 4"
     table = run("instruction_tuning", f"{sizes} --preset tiny", folder, "form")
     for row in ("Base", "Base, form described", "VeRA", "VeRA, 8-bit base"):
@@ -131,6 +131,45 @@ RUNS = [
 @pytest.mark.parametrize("check", RUNS, ids=lambda x: x.__name__)
 def test_example(check, tmp_path):
     check(tmp_path)
+
+
+CAUSAL_LM = runpy.run_path(str(EXAMPLES / "_causal_lm.py"))
+
+
+def test_answers_alone_have_a_weight():
+    causal_lm = tiny_causal_lm()
+    tokenizer = causal_lm.preprocessor.tokenizer
+    prompts, answers = ["So, what?", "Hm?"], ["It is in.", "No: " + "x" * 90]
+    x, y, weights = CAUSAL_LM["to_arrays"](causal_lm, prompts, answers, 80)
+    assert x["token_ids"].shape == y.shape == weights.shape == (2, 80)
+    np.testing.assert_array_equal(x["token_ids"][:, 1:], y[:, :-1])
+    # What `generate` is given, then the answer, its end, and nothing.
+    inputs = causal_lm.preprocessor.generate_preprocess(
+        CAUSAL_LM["as_chat"](causal_lm, prompts), sequence_length=80
+    )
+    for i, answer in enumerate(answers):
+        prompt = np.array(inputs["token_ids"][i])[
+            : sum(inputs["padding_mask"][i])
+        ]
+        expected = [*prompt, *tokenizer(answer), tokenizer.end_token_id][:81]
+        used = len(expected) - 1
+        np.testing.assert_array_equal(x["token_ids"][i, :used], expected[:-1])
+        np.testing.assert_array_equal(y[i, :used], expected[1:])
+        assert x["padding_mask"][i].sum() == used + (used < 80)
+        (counted,) = weights[i].nonzero()
+        first, last = len(prompt) - 1, used - 1
+        np.testing.assert_array_equal(counted, np.arange(first, last + 1))
+
+
+def test_answers_do_not_depend_on_the_batch():
+    causal_lm = tiny_causal_lm()
+    CAUSAL_LM["compile_for_answers"](causal_lm)
+    prompts = ["So, what?", "Hm?", "in or out?"]
+    answers = [
+        CAUSAL_LM["answer"](causal_lm, prompts, 90, batch_size=size)
+        for size in (2, 3)
+    ]
+    assert len(answers[0]) == 3 and answers[0] == answers[1]
 
 
 NOTEBOOKS = runpy.run_path(str(EXAMPLES.parent / ".ci" / "notebooks.py"))
