@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -147,10 +148,12 @@ def test_answers_alone_have_a_weight():
     inputs = causal_lm.preprocessor.generate_preprocess(
         CAUSAL_LM["as_chat"](causal_lm, prompts), sequence_length=80
     )
+    given, mask = (
+        keras.ops.convert_to_numpy(inputs[key])
+        for key in ("token_ids", "padding_mask")
+    )
     for i, answer in enumerate(answers):
-        prompt = np.array(inputs["token_ids"][i])[
-            : sum(inputs["padding_mask"][i])
-        ]
+        prompt = given[i][: mask[i].sum()]
         expected = [*prompt, *tokenizer(answer), tokenizer.end_token_id][:81]
         used = len(expected) - 1
         np.testing.assert_array_equal(x["token_ids"][i, :used], expected[:-1])
