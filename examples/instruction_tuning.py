@@ -272,7 +272,8 @@ described = [
 inputs = lm.preprocessor.generate_preprocess(
     _causal_lm.as_chat(lm, described), sequence_length=8 * args.length
 )
-longest = int(keras.ops.sum(inputs["padding_mask"], axis=1).max())
+lengths = keras.ops.sum(inputs["padding_mask"], axis=1)
+longest = int(keras.ops.max(lengths))
 measure("Base, form described", lm, described, longest + args.length // 2)
 
 # %% [markdown]
