@@ -104,7 +104,9 @@ def data_to_text(folder):
 def instruction_tuning(folder):
     tiny_causal_lm().save_to_preset(folder / "tiny")
     sizes = "--pairs 6 --held_out 3 --length 224 --rank 4 --batch_size 4"
-    table = run("instruction_tuning", f"{sizes} --preset tiny", folder, "form")
+    table = run(
+        "instruction_tuning", f"{sizes} --preset tiny", folder, "summary"
+    )
     for row in ("Base", "Base, form described", "VeRA", "VeRA, 8-bit base"):
         # Random letters are no JSON.
         assert re.search(rf"^{row}(  +0){{5}}$", table, re.MULTILINE)
