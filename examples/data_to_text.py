@@ -76,7 +76,9 @@ parser.add_argument("--epochs", type=int, default=1)
 parser.add_argument("--batch_size", type=int, default=8)
 parser.add_argument("--length", type=int, default=96, help="most tokens")
 parser.add_argument("--rank", type=int, default=256, help="rank of VeRA")
-parser.add_argument("--lora", action="store_true", help="also train LoRA")
+parser.add_argument(
+    "--lora", action="store_true", help="also train LoRA, which takes as long"
+)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--limit", type=int, help="cap on pairs and on prompts")
 parser.add_argument("--output_dir", default="data_to_text_output")
