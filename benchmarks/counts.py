@@ -1,4 +1,4 @@
-"""Numbers that train in RoBERTa-base, by method, on the same targets.
+"""Numbers that train in RoBERTa-base, by method, and in Llamas.
 
 Counted on one block with real widths, of which RoBERTa-base has 12.
 
@@ -79,5 +79,46 @@ def table():
     return "\n".join(rows)
 
 
+# Blocks, width, that of the feed-forward layers; in all of them a head has 128.
+LLAMAS = {"7B": (32, 4096, 11008), "13B": (40, 5120, 13824)}
+LLAMA_VOCABULARY = 32_000
+
+
+def of_llama(blocks, width, ffn, rank=1024):
+    """Returns numbers of a Llama: trained, in A and B, in the base."""
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=1,
+        num_layers=1,
+        num_query_heads=width // 128,
+        num_key_value_heads=width // 128,
+        hidden_dim=width,
+        intermediate_dim=ffn,
+        dtype="bfloat16",
+    )
+    # Beside its block: embedding, norm and output projection.
+    block = backbone.count_params() - 3 * width
+    keras_vera.enable_vera(backbone, rank=rank, targets="all-linear")
+    vectors = sum(math.prod(v.shape) for v in backbone.trainable_variables)
+    shared = backbone.count_params() - block - 3 * width - vectors
+    base = blocks * block + (2 * LLAMA_VOCABULARY + 1) * width
+    return blocks * vectors, shared, base
+
+
+def llama_table():
+    rows = [
+        "| rank 1024, all linear layers | trained | MB of vectors | MB of A "
+        "and B | GB of the base in bfloat16, int8 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, sizes in LLAMAS.items():
+        vectors, shared, base = of_llama(*sizes)
+        rows.append(
+            f"| Llama {name} | {vectors:,} | {4e-6 * vectors:.1f} | "
+            f"{4e-6 * shared:.0f} | {2e-9 * base:.1f}, {1e-9 * base:.1f} |"
+        )
+    return "\n".join(rows)
+
+
 if __name__ == "__main__":
     print(table())
+    print(llama_table())

@@ -57,6 +57,21 @@ def test_numbers_that_train():
         ]
 
 
+@pytest.mark.in_turn
+def test_numbers_of_llamas(monkeypatch):
+    def zeros(self, shape, dtype=None, **kwargs):
+        return keras.ops.zeros(shape, dtype=dtype)
+
+    # Random numbers of real widths take long, and nothing here reads them.
+    for name in ("RandomNormal", "VarianceScaling"):
+        initializer = getattr(keras.initializers, name)
+        monkeypatch.setattr(initializer, "__call__", zeros)
+    counts = runpy.run_path(str(ROOT / "benchmarks" / "counts.py"))
+    table = counts["llama_table"]()
+    assert "| 1,589,248 |" in table and "| 2,416,640 |" in table
+    assert table in (ROOT / "benchmarks" / "README.md").read_text()
+
+
 def test_keras_lora_file_lacks_what_trained(tmp_path):
     x = {
         "token_ids": np.ones((2, 6), int),
