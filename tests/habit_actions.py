@@ -95,6 +95,8 @@ class Spoil(Action):
 class Toggle(Action):
     layer: int = 0
     value: bool = True
+    # PyTorch takes other products where nothing needs a gradient.
+    rounding = 1e-6
 
     def do(self, world):
         layers = world.model._flatten_layers()

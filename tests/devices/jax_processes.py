@@ -84,9 +84,9 @@ print("file", digest(own))
 if what == "data":
     # All numbers are in every process, so one of them may save alone.
     if number == 0:
-        alone = f"{folder}/alone.vera.safetensors"
-        keras_vera.save_adapter(model, alone)
-        assert digest(alone) == digest(own)
+        copy = f"{folder}/copy.vera.safetensors"
+        keras_vera.save_adapter(model, copy)
+        assert digest(copy) == digest(own)
     score = model.evaluate(
         tiny_model.x[rows], tiny_model.y[rows], batch_size=8, verbose=0
     )
