@@ -72,7 +72,8 @@ def pytest_configure(config):
     for line in (
         "in_turn(backend): takes long or depends little on the backend. Each "
         "is run by one of the three backends, by the named one or most by "
-        "PyTorch, unless `--all` or the name of a test is given.",
+        "PyTorch (none: by no one), unless `--all` or the name of a test is "
+        "given.",
         "members_in_turn: each backend runs the first of the parameters of a "
         "test; the others are in turn.",
     ):
