@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 import keras_vera
+from keras_vera.layers._rates import base_size
 
 RATE_OF_SCALE = 0.05  # Of that of the vectors.
 
@@ -32,8 +33,13 @@ class Reparametrized(keras.Model):
     def __init__(self, model, adapters):
         super().__init__()
         self.model, self.adapters = model, adapters
-        for adapter in adapters:
-            adapter.make_weights(self.add_weight)
+        for number, adapter in enumerate(adapters):
+            # Optimizers go by paths.
+            adapter.make_weights(
+                lambda *args, name, number=number: self.add_weight(
+                    *args, name=f"{name}_{number}"
+                )
+            )
         self.built = True
 
     def call(self, x, training=None):
@@ -58,6 +64,10 @@ class Adapter:
     contraction: object
     a: np.ndarray
     b_matrix: np.ndarray
+    size: float  # Of the outputs of `x W`, as `vera_optimizer` takes it.
+
+    def rate_factor(self, variable):
+        return 1.0
 
     def make_weights(self, add_weight):
         raise NotImplementedError
@@ -88,18 +98,27 @@ class Groups(Adapter):
         self.d = add_weight(shape, start, name="adapter_d")
         self.b = add_weight((self.contraction.n,), "zeros", name="adapter_b")
 
+    def rate_factor(self, variable):
+        return self.size if variable is self.b else 1.0
+
     def matrix(self, w):
         n = self.contraction.n
         group = np.arange(n) * self.groups // n
         # One product, with each column of B scaled by the d of its group.
         columns = ops.take(ops.transpose(self.d), group, axis=1)
-        return w + ops.matmul(self.a, columns * self.b_matrix) * self.b
+        right = ops.multiply(columns, self.b_matrix) * self.b
+        return w + ops.matmul(self.a, right)
 
 
 class OutputScale(Groups):
     def make_weights(self, add_weight):
         super().make_weights(add_weight)
         self.s = add_weight((self.contraction.n,), "ones", name="adapter_s")
+
+    def rate_factor(self, variable):
+        if variable is self.s:
+            return RATE_OF_SCALE
+        return super().rate_factor(variable)
 
     def matrix(self, w):
         return super().matrix(w) + w * (self.s - 1)
@@ -160,20 +179,26 @@ def _reparametrized(kind, model, targets, size, seed, **settings):
     each with an A and a B of rank `size`."""
     keras_vera.enable_vera(model, size, targets=targets, seed=seed)
     places = [
-        (layer, layer._vera_layout, *layer.projection_slices())
+        (
+            layer,
+            layer._vera_layout,
+            base_size(layer),
+            *layer.projection_slices(),
+        )
         for layer in model._flatten_layers()
         if hasattr(layer, "vera_lambda_d")
     ]
     keras_vera.disable_vera(model)
     model.backbone.trainable = False
     adapters = []
-    for layer, layout, a, b_matrix in places:
+    for layer, layout, size_of_base, a, b_matrix in places:
         m = layout.contraction.m
         adapter = kind(
             layer._kernel,
             layout.contraction,
             ops.convert_to_numpy(a) * (2 / m) ** 0.5,
             ops.convert_to_numpy(b_matrix) * (2 / size) ** 0.5,
+            size_of_base,
         )
         vars(adapter).update(settings)
         adapters.append(adapter)
@@ -191,14 +216,14 @@ def optimizer(method, model, own, rate, rest, total_steps):
     if not own:
         return _adam(rate, total_steps)
     by_path = keras.optimizers.OptimizerMap(_adam(rest, total_steps))
-    scales = [v for v in own if v.name == "adapter_s"]
-    for variables, factor in (
-        ([v for v in own if v.name != "adapter_s"], 1),
-        (scales, RATE_OF_SCALE),
-    ):
-        if variables:
-            paths = "|".join(re.escape(v.path) for v in variables)
-            by_path[paths] = _adam(rate * factor, total_steps)
+    factors = {v.path: 1.0 for v in own}
+    for adapter in getattr(model, "adapters", []):
+        for v in vars(adapter).values():
+            if isinstance(v, keras.Variable) and v.path in factors:
+                factors[v.path] = adapter.rate_factor(v)
+    for factor in sorted(set(factors.values())):
+        paths = [re.escape(path) for path, x in factors.items() if x == factor]
+        by_path["|".join(paths)] = _adam(rate * factor, total_steps)
     return keras.optimizers.MultiOptimizer(by_path)
 
 
