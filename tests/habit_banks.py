@@ -64,8 +64,7 @@ class Bank(Action):
     def train(self, world, bank, path, names):
         half = len(names) // 2
         before = self.outputs(world, bank, names)
-        sgd = keras.optimizers.SGD(0.05, clipnorm=1.0)
-        bank.model.compile(sgd, "mse", run_eagerly=True)
+        bank.model.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=True)
         bank.fit(
             world.recipe.x(self.seed + 1),
             targets(world),
