@@ -157,10 +157,17 @@ def _is_norm(layer):
     name = type(layer).__name__
     if not isinstance(layer, _NORMS) and not _NORM.fullmatch(name):
         return False
-    # `SpectralNormalization` holds the kernel of the layer that it wraps.
+    return bool(scales_of(layer))
+
+
+def scales_of(layer):
+    """Returns what trains of a layer itself, and of no layer below.
+
+    `SpectralNormalization` holds the kernel of the layer that it wraps.
+    """
     _, *below = _keras.flatten_layers(layer)
     others = {id(v) for x in below for v in _keras.trained_variables(x)}
-    return any(id(v) not in others for v in _keras.trained_variables(layer))
+    return [v for v in _keras.trained_variables(layer) if id(v) not in others]
 
 
 def is_bias(variable):

@@ -7,10 +7,11 @@ from keras_vera.model.roles import ROLES
 from keras_vera.model.roles import TRAIN_ROLES
 from keras_vera.model.roles import adaptable_layers
 from keras_vera.model.roles import is_bias
+from keras_vera.model.roles import scales_of
 from keras_vera.model.targets import listed
 from keras_vera.model.targets import matching
 
-_BIAS = "bias"
+_BIAS, _NORM = "bias", "norm"
 
 
 def resolve_train(train, adapted, paths, model_paths):
@@ -19,7 +20,7 @@ def resolve_train(train, adapted, paths, model_paths):
     Args:
         train: As `targets` of `resolve_targets`, but without a dict, over all
             layers and with the roles of `TRAIN_ROLES`; or `None`. A layer
-            stands for all that is below it.
+            stands for all that is below it, a norm for itself.
         adapted: List of the layers that get adapters.
         paths: Dict of the layers of the base, by structural path.
         model_paths: Dict of all layers of the model, likewise.
@@ -41,7 +42,7 @@ def resolve_train(train, adapted, paths, model_paths):
         else:
             layers = _layers_of(target, paths, model_paths, in_base)
             _check_in_full(target, layers, adapted)
-            what = trained_variables_of
+            what = scales_of if target == _NORM else trained_variables_of
         matched = {layer: own for layer in layers if (own := what(layer))}
         if not matched:
             raise ValueError(
@@ -78,6 +79,9 @@ def _layers_of(target, paths, model_paths, in_base):
                 "`train`."
             )
         _raise_nothing(target, paths)
+    if target == _NORM:
+        # What a norm wraps is none.
+        return [paths[path] for path in found]
     layers = [x for p in found for x in _keras.flatten_layers(paths[p])]
     return [x for x in {id(x): x for x in layers}.values() if id(x) in in_base]
 

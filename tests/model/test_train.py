@@ -107,6 +107,31 @@ def test_what_wraps_a_kernel_is_no_norm(others):
     assert names == ["beta", "gamma", "vera_lambda_b", "vera_lambda_d"]
 
 
+class ScaledNormalization(keras.layers.Wrapper):
+    """A norm with a scale of its own around a layer."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+        self.kernel = self.layer.kernel
+
+    def call(self, x):
+        return self.scale * self.layer(x)
+
+
+def test_a_norm_does_not_stand_for_what_it_wraps():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            ScaledNormalization(keras.layers.Dense(4)),
+            keras.layers.Dense(3, name="hidden"),
+        ]
+    )
+    keras_vera.enable_vera(model, rank=2, targets="hidden", train="norm")
+    names = sorted(v.name for v in model.trainable_variables)
+    assert names == ["scale", "vera_lambda_b", "vera_lambda_d"]
+
+
 @pytest.mark.parametrize(
     "train, expected, states",
     [
