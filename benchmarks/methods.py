@@ -124,9 +124,9 @@ class OutputScale(Groups):
         return super().matrix(w) + w * (self.s - 1)
 
 
-def _number(pattern, text, otherwise=None):
+def _number(pattern, text):
     found = re.fullmatch(pattern, text)
-    return int(found[1]) if found else otherwise
+    return int(found[1]) if found else None
 
 
 def apply(method, model, targets, seed):
