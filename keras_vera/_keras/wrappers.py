@@ -15,14 +15,18 @@ _checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def check_not_sharded(layer):
-    """Raises for a layer of what `fully_shard` (FSDP) was called on.
+    """Raises for a layer of what PyTorch's FSDP has sharded.
 
     Keras reads its variables, not the parameters of the module that these
     replace, so that each process would train alone. Relies on PyTorch's
-    mapping from such modules to their state.
+    mapping from modules that `fully_shard` got to their state, and on the
+    mark that `FullyShardedDataParallel` leaves on parameters.
     """
     if _BACKEND != "torch" or torch.compiler.is_compiling():
         return
+    vector = getattr(layer, "vera_lambda_b", None)
+    if vector is not None and _is_flattened(vector.value):
+        raise _sharded(layer, "FullyShardedDataParallel")
     # Not imported before somebody shards a module.
     states = sys.modules.get("torch.distributed._composable_state")
     modules = states._module_state_mapping if states is not None else ()
@@ -32,16 +36,24 @@ def check_not_sharded(layer):
         if isinstance(module, keras.Layer) and any(
             layer is below for below in module._flatten_layers()
         ):
-            raise ValueError(
-                f"Layer '{layer.name}' is below a module that is sharded by "
-                "PyTorch's `fully_shard` (FSDP), which Keras does not read: "
-                "the gradients of the processes would never be summed up. Use "
-                "`torch.nn.parallel.DistributedDataParallel`, which sends the "
-                "few trained numbers only, or the JAX backend with "
-                "`keras.distribution.ModelParallel` for a base that does not "
-                "fit one device."
-            )
+            raise _sharded(layer, "fully_shard")
     _checked[layer] = len(modules)
+
+
+def _is_flattened(parameter):
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def _sharded(layer, name):
+    return ValueError(
+        f"Layer '{layer.name}' is below a module that is sharded by PyTorch's "
+        f"`{name}` (FSDP), which Keras does not read: the gradients of the "
+        "processes would never be summed up. Use "
+        "`torch.nn.parallel.DistributedDataParallel`, which sends the few "
+        "trained numbers only, or the JAX backend with "
+        "`keras.distribution.ModelParallel` for a base that does not fit one "
+        "device."
+    )
 
 
 def check_not_wrapped(model):
@@ -54,6 +66,8 @@ def check_not_wrapped(model):
         return
     for layer in model._flatten_layers():
         check_not_sharded(layer)
+    if any(map(_is_flattened, model.parameters())):
+        raise _sharded(model, "FullyShardedDataParallel")
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return

@@ -271,21 +271,17 @@ class VeRALayer:
             x, self._vera_settings.dropout, seed=self._vera_seed_generator
         )
 
-    def _check_devices(self):
-        _keras.check_made_here(self.vera_lambda_b, self)
-        _keras.check_not_sharded(self)
-
     def _vectors_for(self, x):
         """Returns d and b; in a mixed batch, those of each example."""
         rows = rows_of(self)
         if rows is None:
             return self._vectors()
         check_rows(self, x, rows[0])
-        self._check_devices()
+        _keras.check_made_here(self.vera_lambda_b, self)
         return rows
 
     def _vectors(self):
-        self._check_devices()
+        _keras.check_made_here(self.vera_lambda_b, self)
         return (
             ops.convert_to_tensor(self.vera_lambda_d),
             ops.convert_to_tensor(self.vera_lambda_b),
@@ -294,6 +290,7 @@ class VeRALayer:
     def projection_slices(self):
         """Returns the layer's rows of A and columns of B: the leading ones,
         where there is no offset. Where they are all, there is no copy."""
+        _keras.check_not_sharded(self)
         a = ops.convert_to_tensor(self.vera_kernel_a)
         b_matrix = ops.convert_to_tensor(self.vera_kernel_b)
         m, n = self._vera_layout.contraction.m, self._vera_layout.contraction.n

@@ -11,6 +11,7 @@ import numpy as np
 import tiny_model
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,5 +125,19 @@ raises(
     lambda: keras_vera.enable_vera(model, rank=4, targets="all-linear"),
     "DistributedDataParallel",
 )
+cpu = torch.device("cpu")
+for keeps_parameters in (False, True):
+    model = tiny_model.make_model()
+    wrapped = FullyShardedDataParallel(
+        model, device_id=cpu, use_orig_params=keeps_parameters
+    )
+    raises(
+        lambda: keras_vera.enable_vera(model, rank=4, targets="all-linear"),
+        "DistributedDataParallel",
+    )
+model = tiny_model.make_model()
+keras_vera.enable_vera(model, rank=4, targets="all-linear")
+wrapped = FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True)
+raises(lambda: wrapped(tiny_model.x), "DistributedDataParallel")
 torch.distributed.destroy_process_group()
 print("done")
