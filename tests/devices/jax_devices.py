@@ -71,9 +71,15 @@ def adapted_model():
     return model
 
 
-def fit(model, epochs=3):
+def fit(model, epochs=3, callbacks=()):
     history = model.fit(
-        x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0
+        x,
+        y,
+        batch_size=16,
+        epochs=epochs,
+        shuffle=False,
+        callbacks=list(callbacks),
+        verbose=0,
     )
     return history.history["loss"]
 
@@ -170,6 +176,40 @@ def models(folder):
         again = tiny_model.make_model()
         keras_vera.load_adapter(again, path)
         assert_close(predict(again), outputs)
+
+
+class Interrupted(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
+def checkpoints(folder):
+    """What is interrupted goes on, and files go from eight devices to one."""
+    one = adapted_model()
+    fit(one, epochs=4)
+    outputs = predict(one)
+    for name, active in {
+        "data": DataParallel(),
+        "1x8": model_parallel((1, 8), **KERNELS, **PAIR),
+    }.items():
+        backup = keras.callbacks.BackupAndRestore(f"{folder}/{name}")
+        path = f"{folder}/{name}.weights.h5"
+        saved = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
+        with active.scope():
+            try:
+                fit(adapted_model(), 4, [backup, Interrupted()])
+            except KeyboardInterrupt:
+                pass
+            again = adapted_model()
+            before = {v.path: v.value.sharding for v in again.variables}
+            assert len(fit(again, 4, [backup, saved])) == 2
+            for variable in again.variables:
+                assert variable.value.sharding == before[variable.path]
+            assert_close(predict(again), outputs)
+        alone = adapted_model()
+        alone.load_weights(path)
+        assert_close(predict(alone), outputs)
 
 
 def order(folder):

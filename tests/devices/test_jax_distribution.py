@@ -15,7 +15,7 @@ FOUR = "--xla_force_host_platform_device_count=4"
 # Few processes: each imports for ten seconds.
 @pytest.mark.parametrize(
     "what",
-    [["matrices", "models", "order"], ["bank", "layouts"]],
+    [["matrices", "models", "order"], ["bank", "layouts", "checkpoints"]],
     ids=" ".join,
 )
 def test_eight_devices(what, tmp_path):
