@@ -5,7 +5,8 @@ steps. Its rate is searched on the validation data, with one seed, by factors
 of 2, until the best is not the last in a row; the other seeds train with the
 best one. Each run appends a line of JSON to a file, and what the file has is
 not trained again, so that the script may be stopped at any time, and asked for
-more later or on another machine. Ends with a table of all in the file.
+more later or on another machine. Ends with two tables of all in the file.
+Options that are not its own go to the task's example, such as `--limit`.
 
 Rates of the head are those of `--rest` for all, and searched for the head
 alone. What trains beside the head is counted without it.
@@ -13,11 +14,17 @@ alone. What trains beside the head is counted without it.
     python benchmarks/evidence.py --output evidence.jsonl
     python benchmarks/evidence.py --output evidence.jsonl --data DIR \\
         --tasks sst2 --methods lora8 vera256 --seeds 5
+    python benchmarks/evidence.py --output evidence.jsonl --tasks e2e \\
+        --methods lora8 vera256 --steps 80 --batch_size 8
+
+How the loss depends on the rate of the vectors, for what might move the best:
+
+    python benchmarks/evidence.py --output evidence.jsonl --steps 80 \\
+        --methods vera64 vera256 vera1024 vera256-blocks \\
+        --rates 0.01 0.02 0.04 --seeds 1
 """
 
 import argparse
-import contextlib
-import io
 import json
 import pathlib
 import tempfile
@@ -26,17 +33,12 @@ import time
 import keras
 import methods as ways
 import numpy as np
-from quality import example
-from quality import sst2_as_table
+import tasks
 
-EXAMPLES = {
-    "docstrings": "text_classification",
-    "sst2": "text_classification",
-    "digits": "image_classification",
-}
 # Where the search begins.
 RATES = {"head": 0.008, "full": 0.0001, "lora": 0.004, "vera": 0.05}
-KEY = ["task", "method", "targets", "steps", "batch_size", "seed", "rate"]
+SETTING = ["task", "method", "targets", "steps", "batch_size"]
+KEY = [*SETTING, "seed", "rate"]
 
 
 def parse_arguments():
@@ -59,19 +61,19 @@ def parse_arguments():
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rest", type=float, default=3e-3)
-    parser.add_argument("--limit", type=int, help="examples per split")
     parser.add_argument(
         "--rates", nargs="+", type=float, help="instead of the search"
     )
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
 class Runs:
     """The runs of a file, and those that are made."""
 
-    def __init__(self, args):
-        self.args, self.path = args, pathlib.Path(args.output)
-        self.names = {}
+    def __init__(self, args, options):
+        self.args, self.options = args, options
+        self.path = pathlib.Path(args.output)
+        self.tasks = {}
         # Of what an example makes, such as a pretrained model.
         self.folder = tempfile.TemporaryDirectory()
 
@@ -84,60 +86,42 @@ class Runs:
         for line in self.lines():
             if all(line[name] == run[name] for name in KEY):
                 return line["loss"]
+        name = run["task"]
+        if name not in self.tasks:
+            self.tasks[name] = tasks.load(
+                name, self.folder.name, self.args.data, self.options
+            )
         start = time.perf_counter()
-        found = train(self.args, self.task(run["task"]), run)
+        found = train(self.tasks[name], run, self.args.rest)
         found["seconds"] = round(time.perf_counter() - start)
         with self.path.open("a") as file:
             file.write(json.dumps({**run, **found}) + "\n")
         print(f"{run} {found}", flush=True)
         return found["loss"]
 
-    def task(self, name):
-        """Returns what the cells of the task's example define."""
-        if name not in self.names:
-            folder = self.folder.name
-            options = ["--output_dir", folder]
-            if name == "sst2":
-                options += ["--data", sst2_as_table(folder, self.args.data)]
-            if self.args.limit is not None:
-                options += ["--limit", self.args.limit]
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.names[name] = example(options, EXAMPLES[name])
-        return self.names[name]
 
-
-def train(args, names, run):
+def train(task, run, rest):
     """Returns what came of one training."""
     keras.backend.clear_session()
-    model = names["make_classifier"](run["seed"])
+    model = task.make_model(run["seed"])
     model, own = ways.apply(run["method"], model, run["targets"], run["seed"])
-    model.compile(
-        ways.optimizer(
-            run["method"], model, own, run["rate"], args.rest, run["steps"]
-        ),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+    optimizer = ways.optimizer(
+        run["method"], model, own, run["rate"], rest, run["steps"]
     )
+    task.compile(model, optimizer)
     # The same batches for every method.
-    rng = np.random.default_rng(run["seed"])
-    x, y = names["x_train"], names["y_train"]
-    needed = run["steps"] * run["batch_size"]
-    order = [rng.permutation(len(y)) for _ in range(-(-needed // len(y)))]
-    order = np.concatenate(order)[:needed]
-    model.fit(
-        keras.tree.map_structure(lambda array: array[order], x),
-        y[order],
-        batch_size=run["batch_size"],
-        shuffle=False,
-        verbose=0,
-    )
+    size = run["batch_size"]
+    rows = tasks.shuffled(task.train, run["steps"] * size, run["seed"])
+    model.fit(*rows[:2], size, sample_weight=rows[2], shuffle=False, verbose=0)
     found = {"numbers": sum(int(np.prod(v.shape)) for v in own)}
-    for prefix, data in (
-        ("", names["validation_data"]),
-        ("test_", (names["x_test"], names["y_test"])),
+    for prefix, (x, y, weights) in (
+        ("", task.validation),
+        ("test_", task.test),
     ):
-        loss, accuracy = model.evaluate(*data, verbose=0)
-        found.update({f"{prefix}loss": loss, f"{prefix}accuracy": accuracy})
+        measured = model.evaluate(
+            x, y, size, sample_weight=weights, verbose=0, return_dict=True
+        )
+        found.update({prefix + key: x for key, x in measured.items()})
     return found
 
 
@@ -158,40 +142,57 @@ def start_of(method):
     return next(x for name, x in RATES.items() if method.startswith(name))
 
 
+def settings_of(lines):
+    """Yields each setting of a task and a method, with its lines."""
+    for setting in dict.fromkeys(tuple(x[y] for y in SETTING) for x in lines):
+        yield (
+            setting,
+            [x for x in lines if tuple(x[y] for y in SETTING) == setting],
+        )
+
+
 def table(lines):
     """Yields a line for each method of each task: seeds at its best rate."""
-    settings = [KEY[:5]] + [[line[x] for x in KEY[:5]] for line in lines]
-    for setting in dict.fromkeys(map(tuple, settings[1:])):
-        same = [x for x in lines if tuple(x[y] for y in KEY[:5]) == setting]
+    yield (
+        "| task, steps | method | targets | numbers | rate | seeds "
+        "| test accuracy | test loss |"
+    )
+    yield "|---" * 8 + "|"
+    for (task, method, targets, steps, size), same in settings_of(lines):
         swept = [x for x in same if x["seed"] == 0]
         if not swept:
             continue
         rate = min(swept, key=lambda x: x["loss"])["rate"]
         seeds = [x for x in same if x["rate"] == rate]
-        task, method, targets, steps, batch_size = setting
         shown = [
             f"{np.mean([x[name] for x in seeds]):.4f} "
             f"({min(x[name] for x in seeds):.4f} to "
             f"{max(x[name] for x in seeds):.4f})"
+            if name in seeds[0]
+            else ""
             for name in ("test_accuracy", "test_loss")
         ]
         yield (
-            f"| {task}, {steps} x {batch_size} | {method} | {targets} | "
+            f"| {task}, {steps} x {size} | {method} | {targets} | "
             f"{seeds[0]['numbers']:,} | {rate:g} | {len(seeds)} | "
             + " | ".join(shown)
             + " |"
         )
 
 
-HEADING = (
-    "| task, steps | method | targets | numbers | rate | seeds | test accuracy "
-    "| test loss |\n|" + "---|" * 8
-)
+def by_rate(lines):
+    """Yields a line for each method of each task: validation losses."""
+    yield "| task, steps | method | targets | rate: validation loss, seed 0 |"
+    yield "|---" * 4 + "|"
+    for (task, method, targets, steps, size), same in settings_of(lines):
+        losses = {x["rate"]: x["loss"] for x in same if x["seed"] == 0}
+        shown = ", ".join(f"{x:g}: {losses[x]:.3f}" for x in sorted(losses))
+        yield f"| {task}, {steps} x {size} | {method} | {targets} | {shown} |"
 
 
 def main():
-    args = parse_arguments()
-    runs = Runs(args)
+    args, options = parse_arguments()
+    runs = Runs(args, options)
     for task in args.tasks:
         for method in args.methods:
             # The head alone and all have no targets.
@@ -210,9 +211,8 @@ def main():
                     rate = best_rate(loss_of, start_of(method))
                 for seed in range(1, args.seeds):
                     loss_of(rate, seed)
-    print(HEADING)
-    for line in table(runs.lines()):
-        print(line)
+    lines = runs.lines()
+    print("\n".join([*table(lines), "", *by_rate(lines)]))
 
 
 if __name__ == "__main__":

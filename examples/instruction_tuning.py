@@ -193,12 +193,13 @@ random.Random(args.seed).shuffle(train)
 print(f"{len(pairs):,} symbols, of which {len(train)} to train with and")
 print(f"{len(held_out)} held out. The first pair:")
 print(f"  {train[0][0]}\n  {json.dumps(train[0][1])}")
-arrays = _causal_lm.to_arrays(
-    lm,
-    [question for question, _ in train],
-    [json.dumps(answer) for _, answer in train],
-    args.length,
-)
+
+
+def arrays_of(pairs):
+    questions = [question for question, _ in pairs]
+    answers = [json.dumps(answer) for _, answer in pairs]
+    return _causal_lm.to_arrays(lm, questions, answers, args.length)
+
 
 # %% [markdown]
 """
@@ -296,7 +297,7 @@ keras_vera.enable_vera(
 keras_vera.summary(lm)
 steps = args.epochs * -(-len(train) // args.batch_size)
 _causal_lm.compile_for_answers(lm, keras_vera.vera_optimizer(total_steps=steps))
-x, y, weights = arrays
+x, y, weights = arrays_of(train)
 start = time.perf_counter()
 with _causal_lm.taking_arrays(lm):
     lm.fit(

@@ -57,7 +57,7 @@ def vera_optimizer(
     ```
 
     `docs/rates.md` says where the defaults come from, and
-    `benchmarks/rates.py` and `benchmarks/rates_of_formula.py` measure them.
+    `benchmarks/evidence.py` and `benchmarks/rates_of_formula.py` measure them.
 
     With optimizers of your own:
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 from helpers import backend
 from scripts import run
+from test_examples import tiny_causal_lm
 
 pytestmark = pytest.mark.in_turn
 
@@ -42,8 +43,18 @@ def test_step(tmp_path):
     assert (tmp_path / "step.png").stat().st_size > 1000
 
 
+def evidence(folder, *arguments):
+    """Returns the lines of the file, and what is printed."""
+    printed = run(
+        *(FOLDER / "evidence.py", "--output", folder / "evidence.jsonl"),
+        *("--batch_size", "4", "--seeds", "1", "--rates", "0.1", *arguments),
+    )
+    lines = (folder / "evidence.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], printed
+
+
 @pytest.mark.in_turn("torch")
-def test_quality(tmp_path, small_minilm):
+def test_evidence_of_texts(tmp_path, small_minilm):
     folder = tmp_path / "sst2"
     folder.mkdir()
     for part in ("train", "dev", "test"):
@@ -54,47 +65,40 @@ def test_quality(tmp_path, small_minilm):
                 for label, word in ((0, "failure"), (1, "success"))
             )
         )
-    output = run(
-        *(FOLDER / "quality.py", "--data", tmp_path),
-        *("--seeds", "1", "--epochs", "1", "--limit", "4", "--rank", "16"),
-        *("--structures", "blocks4"),
+    _, output = evidence(
+        tmp_path,
+        *("--data", tmp_path, "--limit", "4", "--methods", "vera16-blocks4"),
+        *("--tasks", "docstrings", "sst2", "--steps", "2"),
     )
-    assert len(re.findall("^blocks4 +mean ", output, re.M)) == 2
+    for task in ("docstrings", "sst2"):
+        row = rf"^\| {task}, 2 x 4 \| vera16-blocks4 \| all-linear \| "
+        assert re.search(row + r"\d+ \| 0.1 \| 1 \| 0\.", output, re.M)
+        assert re.search(row + r"0.1: \d", output, re.M)
 
 
 @pytest.mark.in_turn("torch")
-def test_rates(tmp_path, small_minilm):
-    def rates(*arguments):
-        return run(
-            *(FOLDER / "rates.py", "--output", tmp_path / "rates.jsonl"),
-            *("--limit", "4", "--ranks", "4", "--batch_size", "4", *arguments),
+def test_evidence_of_language_models(tmp_path):
+    tiny_causal_lm().save_to_preset(tmp_path / "tiny")
+    for task, sizes in {
+        "e2e": "--limit 6 --length 208",
+        "instructions": "--pairs 6 --held_out 4 --length 224",
+    }.items():
+        lines, _ = evidence(
+            tmp_path,
+            *("--tasks", task, "--preset", tmp_path / "tiny", *sizes.split()),
+            *("--methods", "vera4", "vera4-groups1", "lora2", "--steps", "2"),
         )
-
-    rates("--steps", "2", "--rates", "0.1")
-    first = (tmp_path / "rates.jsonl").read_text()
-    output = rates("--steps", "2", "3", "--rates", "0.1")
-    lines = (tmp_path / "rates.jsonl").read_text()
-    # What was there is not trained again.
-    assert lines.startswith(first) and lines.count("\n") == 2
-    assert (
-        len(re.findall(r"^Keras docstrings . .*: best 0.1 ", output, re.M)) == 2
-    )
+        package, prototype, lora = [x for x in lines if x["task"] == task]
+        assert package["loss"] == pytest.approx(prototype["loss"], abs=1e-4)
+        assert lora["test_loss"] > 0 and "accuracy" not in lora
 
 
 @pytest.mark.in_turn("torch")
 def test_evidence(tmp_path):
-    def evidence(*arguments):
-        run(
-            *(FOLDER / "evidence.py", "--tasks", "digits", "--limit", "8"),
-            *("--output", tmp_path / "evidence.jsonl", "--rates", "0.1"),
-            *("--steps", "3", "--batch_size", "4", "--seeds", "1", *arguments),
-        )
-        lines = (tmp_path / "evidence.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    evidence("--methods", "vera8")
+    digits = "--tasks", "digits", "--limit", "8", "--steps", "3", "--methods"
+    evidence(tmp_path, *digits, "vera8")
     methods = "vera8 vera8-groups1 vera8-groups4 vera8-scale lora2 head".split()
-    lines = evidence("--methods", *methods)
+    lines, _ = evidence(tmp_path, *digits, *methods)
     # What was there is not trained again.
     assert [line["method"] for line in lines] == methods
     found = {line["method"]: line for line in lines}
