@@ -79,10 +79,10 @@ parser.add_argument("--output_dir", default="image_classification_output")
 args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 LEARNING_RATES = {
-    "vit": {"head": 1e-1, "lora": 3e-2, "vera": 1e-1, "full": 3e-3},
-    "resnet": {"head": 3e-2, "vera": 1e-1, "full": 1e-3},
+    "vit": {"head": 1e-1, "lora": 3e-2, "full": 3e-3},
+    "resnet": {"head": 3e-2, "full": 1e-3},
     # Cautious ones for large models, which nobody has searched.
-    "preset": {"head": 1e-2, "lora": 1e-3, "vera": 1e-2, "full": 3e-5},
+    "preset": {"head": 1e-2, "lora": 1e-3, "full": 3e-5},
 }
 rates = LEARNING_RATES["preset" if args.preset else args.backbone]
 TARGETS = {"vit": "all-linear", "resnet": "conv"}[args.backbone]
@@ -359,19 +359,16 @@ With so few numbers to train for each layer, VeRA can adapt all of them: in a
 ViT the projections of attention and both layers of each feed-forward block, in
 a ResNet every convolution, the first one and the shortcuts included.
 
-`keras_vera.vera_optimizer` gives the vectors a learning rate of their own.
-With `d` starting at 1.0 the same rate does for vectors and head, so that VeRA,
-too, has one rate to choose.
+`keras_vera.vera_optimizer` gives the vectors a learning rate of their own,
+which it picks from the number of steps.
 """
 
 # %%
 vera = make_classifier()
-keras_vera.enable_vera(
-    vera, rank=args.rank, seed=args.seed, targets=TARGETS, d_initial=1.0
-)
+keras_vera.enable_vera(vera, rank=args.rank, seed=args.seed, targets=TARGETS)
 keras_vera.summary(vera)
 optimizer = keras_vera.vera_optimizer(
-    vectors=adam_for("vera"), rest=adam_for("vera")
+    total_steps=args.epochs * -(-len(y_train) // args.batch_size)
 )
 vera_name = f"VeRA, rank {args.rank}"
 logits = train_and_test(vera_name, vera, optimizer)
