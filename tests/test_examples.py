@@ -127,12 +127,14 @@ def check_files(folder, *pictures, adapters=2):
     assert len(list(folder.glob("*.vera.safetensors"))) == adapters
 
 
+# The first two are those of JAX and TensorFlow, which compile the language
+# models for long.
 RUNS = [
+    image_classification,
+    one_base_many_users,
     instruction_tuning,
     data_to_text,
-    one_base_many_users,
     image_classification_resnet,
-    image_classification,
     text_classification,
     multi_device,
 ]

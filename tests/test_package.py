@@ -52,6 +52,7 @@ def test_core_trains_without_kerashub_and_other_backends():
     )
 
 
+@pytest.mark.in_turn("torch")
 def test_import_is_light():
     modules = run("import sys, keras_vera; print(*sys.modules)").split()
     assert "keras_hub" not in modules

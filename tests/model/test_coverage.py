@@ -217,8 +217,12 @@ def render(rows):
     return head + "\n".join(rows.values()) + "\n"
 
 
-@pytest.mark.in_turn
-@pytest.mark.parametrize("name", NAMES)
+def in_turn(name):
+    mark = pytest.mark.in_turn
+    return pytest.param(name, marks=mark("torch") if name in LONG else mark)
+
+
+@pytest.mark.parametrize("name", map(in_turn, NAMES))
 def test_backbone(name, tmp_path, table):
     if name not in ENTRIES:
         table[name] = f"| `{name}` |{' |' * (len(ROLES) + 2)} {MISSING} |"

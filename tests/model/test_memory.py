@@ -16,7 +16,6 @@ import keras_vera
 from keras_vera.product import projection
 
 SIZE = 4
-CYCLES = 30
 
 
 def make_base():
@@ -26,6 +25,13 @@ def make_base():
 @pytest.fixture
 def x(rng):
     return rng.normal(size=(4, SIZE)).astype("float32")
+
+
+@pytest.fixture
+def cycles(request):
+    """The others compile in each."""
+    is_torch = keras.backend.backend() == "torch"
+    return 30 if is_torch or request.config.option.all else 12
 
 
 @pytest.fixture
@@ -84,9 +90,9 @@ def living(references):
     return sum(reference() is not None for reference in references)
 
 
-def test_models_that_are_gone_leave_nothing(x, count):
+def test_models_that_are_gone_leave_nothing(x, count, cycles):
     references = []
-    for cycle in range(CYCLES):
+    for cycle in range(cycles):
         model = make_base()
         enable(model)
         use(model, x, x, cycle)
@@ -97,12 +103,12 @@ def test_models_that_are_gone_leave_nothing(x, count):
     assert count() == 0
 
 
-def test_cycles_on_one_model_leave_the_base(x, count, tmp_path):
+def test_cycles_on_one_model_leave_the_base(x, count, cycles, tmp_path):
     model = make_base()
     path = tmp_path / "a.vera.safetensors"
     base = [np.array(w) for w in model.get_weights()]
     references = []
-    for cycle in range(CYCLES):
+    for cycle in range(cycles):
         if cycle % 2 == 0:
             enable(model)
             keras_vera.save_adapter(model, path)
@@ -123,9 +129,9 @@ def test_cycles_on_one_model_leave_the_base(x, count, tmp_path):
     assert count() == 0
 
 
-def test_banks_that_are_gone_leave_nothing(x, count):
+def test_banks_that_are_gone_leave_nothing(x, count, cycles):
     references = []
-    for cycle in range(CYCLES):
+    for cycle in range(cycles):
         model = make_base()
         enable(model)
         bank = keras_vera.AdapterBank(model, capacity=2)
