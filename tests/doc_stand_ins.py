@@ -111,14 +111,23 @@ def make_peft_folder():
     keras_vera.save_peft_adapter(backbone, "peft-adapter-folder")
 
 
-def make_files():
-    """Saves the adapters that docstrings load."""
-    classifier = text_classifier(None, num_classes=2)
-    keras_vera.enable_vera(classifier)
-    for seed, name in enumerate(["sst2", "bob", "french", "polite"]):
-        spoil(classifier, seed)
-        keras_vera.save_adapter(classifier, f"{name}.vera.safetensors")
-    make_peft_folder()
+def make_files(example):
+    """Saves the adapters that a docstring's example has the names of."""
+    bases = {
+        "sst2": lambda: text_classifier(None, num_classes=2),
+        "bob": lambda: text_classifier(None, num_classes=2),
+        "french": lambda: roberta(None),
+        "polite": lambda: roberta(None),
+    }
+    for seed, (name, make) in enumerate(bases.items()):
+        file = f"{name}.vera.safetensors"
+        if file in example:
+            base = make()
+            keras_vera.enable_vera(base)
+            spoil(base, seed)
+            keras_vera.save_adapter(base, file)
+    if "peft-adapter-folder" in example:
+        make_peft_folder()
 
 
 def model():

@@ -81,22 +81,22 @@ def restored_distribution():
     keras.distribution.set_distribution(before)
 
 
-def with_example():
-    for symbol in CLASSES_AND_FUNCTIONS:
-        marks = [pytest.mark.in_turn]
-        if symbol is keras_vera.layout_map:
-            is_jax = backend() == "jax"
-            marks = [pytest.mark.skipif(not is_jax, reason="It is for JAX.")]
-        if examples(symbol):
-            yield pytest.param(symbol, marks=marks, id=symbol.__name__)
+def in_turn(symbol):
+    mark = pytest.mark.in_turn
+    if symbol is keras_vera.layout_map:
+        is_jax = backend() == "jax"
+        mark = pytest.mark.skipif(not is_jax, reason="It is for JAX.")
+    return pytest.param(symbol, marks=[mark], id=symbol.__name__)
 
 
-@pytest.mark.parametrize("symbol", with_example())
+@pytest.mark.parametrize(
+    "symbol", [in_turn(x) for x in CLASSES_AND_FUNCTIONS if examples(x)]
+)
 def test_examples_run(symbol, tmp_path, monkeypatch, restored_distribution):
     doc_stand_ins.install(monkeypatch, tmp_path)
-    doc_stand_ins.make_files()
     names = {"keras": keras, "keras_vera": keras_vera}
     for example in examples(symbol):
+        doc_stand_ins.make_files(example)
         compiled = compile(example, symbol.__qualname__, "exec")
         names = doc_stand_ins.given(compiled.co_names) | names
         exec(compiled, names)
