@@ -16,6 +16,8 @@ from keras_vera.files.format import check_filepath
 from keras_vera.model.adaptation import check_no_bank
 from keras_vera.product.checks import check_integer
 
+__all__ = ["AdapterCheckpoint", "BestAdapters"]
+
 
 class AdapterCheckpoint(keras.callbacks.ModelCheckpoint):
     """Saves the adapter during `fit`, as `ModelCheckpoint` saves models.
@@ -39,6 +41,7 @@ class AdapterCheckpoint(keras.callbacks.ModelCheckpoint):
     Example:
 
     ```python
+    keras_vera.enable_vera(model)
     model.fit(
         x,
         y,

@@ -71,7 +71,10 @@ def layout_map(
     Example:
 
     ```python
-    mesh = keras.distribution.DeviceMesh((1, 8), ("batch", "model"))
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh(
+        (1, len(devices)), ("batch", "model"), devices
+    )
     small = keras_hub.models.LlamaBackbone(**{**config, "num_layers": 1})
     layouts = keras_vera.layout_map(small, mesh, targets="all-linear")
     keras.distribution.set_distribution(

@@ -50,6 +50,7 @@ def vera_optimizer(
     Example:
 
     ```python
+    keras_vera.enable_vera(model)
     model.compile(
         optimizer=keras_vera.vera_optimizer(total_steps=1000),
         loss="sparse_categorical_crossentropy",

@@ -28,7 +28,7 @@ def roberta(**kwargs):
 
 def gemma(**kwargs):
     return keras_hub.models.GemmaBackbone(
-        **TEXT, **GROUPED, head_dim=4, **kwargs
+        **{**TEXT, **kwargs}, **GROUPED, head_dim=4
     )
 
 
@@ -90,12 +90,14 @@ def make_backbone(family, **kwargs):
     return backbone
 
 
-def make_task(family, backbone=None):
+def make_task(family, backbone=None, **kwargs):
     """Returns a task model with a random head, the same one every time."""
     if backbone is None:
         backbone = make_backbone(family)
-    _, name, kwargs = TASKS[family]
-    task = getattr(keras_hub.models, name)(backbone=backbone, **kwargs)
+    _, name, usual = TASKS[family]
+    task = getattr(keras_hub.models, name)(
+        backbone=backbone, **{**usual, **kwargs}
+    )
     randomize(task, skip=backbone)
     return task
 

@@ -1,19 +1,18 @@
 """A tiny task model of every type in KerasHub, with its preprocessor."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import hub_text
 import keras
 import keras_hub
 import numpy as np
-import sentencepiece
 from backbones import ENTRIES
 from backbones import make_backbone
+from hub_text import SENTENCES
 
 CLASSES = 3
 ROWS = 4
-SENTENCES = ["a b c d", "d c b", "b d a c", "a a d"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,10 @@ def make_task(case):
 
 
 def _bert(backbone):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d"]
     return keras_hub.models.BertMaskedLM(
         backbone,
         keras_hub.models.BertMaskedLMPreprocessor(
-            keras_hub.tokenizers.BertTokenizer(words),
+            hub_text.words(),
             sequence_length=6,
             mask_selection_rate=0.5,
             mask_selection_length=2,
@@ -59,15 +57,10 @@ def _bert(backbone):
 
 
 def _bart(backbone):
-    tokens = ["<s>", "<pad>", "</s>", "<mask>", "a", "Ġb", "Ġc", "Ġd", "d"]
-    tokens += ["b", "c", "Ġ", "Ġa"]
     return keras_hub.models.BartSeq2SeqLM(
         backbone,
         keras_hub.models.BartSeq2SeqLMPreprocessor(
-            keras_hub.tokenizers.BartTokenizer(
-                {token: i for i, token in enumerate(tokens)},
-                ["Ġ a", "Ġ b", "Ġ c", "Ġ d"],
-            ),
+            hub_text.byte_pairs(keras_hub.tokenizers.BartTokenizer),
             encoder_sequence_length=6,
             decoder_sequence_length=6,
         ),
@@ -75,23 +68,18 @@ def _bart(backbone):
 
 
 def _moonshine(backbone):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        vocab_size=9,
-        model_type="char",
+    tokenizer = hub_text.characters(
+        keras_hub.tokenizers.MoonshineTokenizer,
         pad_id=0,
         bos_id=1,
         eos_id=2,
         unk_id=3,
-        minloglevel=2,
     )
     return keras_hub.models.MoonshineAudioToText(
         backbone,
         keras_hub.models.MoonshineAudioToTextPreprocessor(
             keras_hub.layers.MoonshineAudioConverter(),
-            keras_hub.tokenizers.MoonshineTokenizer(model.getvalue()),
+            tokenizer,
             decoder_sequence_length=6,
         ),
     )

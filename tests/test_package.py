@@ -1,5 +1,4 @@
 import ast
-import inspect
 import pathlib
 import subprocess
 import sys
@@ -52,10 +51,19 @@ def test_core_trains_without_kerashub_and_other_backends():
     )
 
 
-@pytest.mark.in_turn("torch")
-def test_import_is_light():
-    modules = run("import sys, keras_vera; print(*sys.modules)").split()
-    assert "keras_hub" not in modules
+def test_import_adds_only_our_own_to_keras():
+    added = run(
+        """
+        import sys
+        import keras
+        before = set(sys.modules)
+        import keras_vera
+        print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+        """
+    ).split()
+    heavy = {"huggingface_hub", "keras_hub", "peft", "rich", "transformers"}
+    heavy |= {"tensorflow", "torch", "jax"} - {keras.backend.backend()}
+    assert "keras_vera" in added and not heavy & set(added)
 
 
 PYPROJECT = pathlib.Path(__file__).parent.parent / "pyproject.toml"
@@ -104,42 +112,3 @@ def test_folders_import_one_way():
                 package, *folders = name.split(".")
                 if package == "keras_vera":
                     assert folders[0] in allowed, (path, name)
-
-
-PUBLIC = [
-    getattr(keras_vera, name)
-    for name in keras_vera.__all__
-    if name not in ("callbacks", "layers")
-] + [
-    keras_vera.layers.VeRADense,
-    keras_vera.layers.VeRAEinsumDense,
-    keras_vera.callbacks.AdapterCheckpoint,
-]
-
-
-@pytest.mark.parametrize("symbol", PUBLIC, ids=lambda s: s.__name__)
-def test_public_signatures_are_annotated(symbol):
-    if symbol is keras_vera.AdapterFileError:
-        return
-    signature = inspect.signature(symbol)
-    for parameter in signature.parameters.values():
-        assert parameter.annotation is not parameter.empty, parameter
-    if inspect.isfunction(symbol):
-        assert signature.return_annotation is not signature.empty
-
-
-@pytest.mark.parametrize("symbol", PUBLIC, ids=lambda s: s.__name__)
-def test_docstrings_name_every_argument(symbol):
-    doc = inspect.getdoc(symbol)
-    if symbol is keras_vera.AdapterFileError:
-        assert doc
-        return
-    assert "Example:\n\n```python\n" in doc
-    for name, parameter in inspect.signature(symbol).parameters.items():
-        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
-        assert f"\n    {stars}{name}: " in doc, name
-        default = parameter.default
-        if default is not parameter.empty and default is not None:
-            text = doc.split(f"\n    {name}: ")[1]
-            shown = f'"{default}"' if isinstance(default, str) else default
-            assert f"`{shown}`" in text.split("\n    \n")[0], name

@@ -81,8 +81,8 @@ class AdapterBank:
         optimizer=keras_vera.vera_optimizer(),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    bank.fit(texts, labels, adapters=["ann", "bob", "ann"])
-    bank.predict(texts, adapters=["bob", "ann", None])  # None: the base
+    bank.fit(texts, labels, adapters=names)  # such as ["ann", "bob", "ann"]
+    bank.predict(texts[:3], adapters=["bob", "ann", None])  # None: the base
     bank.save("ann", "ann.vera.safetensors")
     ```
     """
@@ -108,6 +108,7 @@ class AdapterBank:
 
     @property
     def capacity(self) -> int:
+        """The number of adapters in the device's memory."""
         return self._slots.capacity
 
     @property
@@ -191,7 +192,11 @@ class AdapterBank:
             self._slots.save(name, filepath, dtype=dtype)
 
     def remove(self, name: str) -> None:
-        """Removes an adapter; from a bank with a folder, also its file."""
+        """Removes an adapter; from a bank with a folder, also its file.
+
+        Args:
+            name: String, an adapter of the bank.
+        """
         with self._lock:
             self._register.check_known([name], base=False)
             self._slots.check_not_fitting(name)
@@ -351,14 +356,12 @@ class AdapterBank:
         with self._lock:
             self._slots.check_not_fitting()
             ids = self._slots.ids_for_fit(data, validation)
-            x, y, sample_weight = data.joined(ids)
+            x, y, weights = data.joined(ids)
             if validation is not None:
                 validation_data = without_none(validation.joined(ids))
             kwargs["validation_data"] = validation_data
             with self._slots.training(ids.keys() - {None}):
-                return self.model.fit(
-                    x, y, sample_weight=sample_weight, **kwargs
-                )
+                return self.model.fit(x, y, sample_weight=weights, **kwargs)
 
     def generate(
         self,
@@ -372,8 +375,7 @@ class AdapterBank:
         Args:
             prompts: As in `generate` of the KerasHub `CausalLM` that the bank
                 was made on: a list of strings, or a dict of arrays.
-            adapters: List with a name for each prompt; `None` stands for the
-                base model.
+            adapters: List with a name for each prompt, as in `predict`.
             return_exceptions: As in `predict`. Defaults to `False`.
             **kwargs: Further arguments of `CausalLM.generate`, such as
                 `max_length`.

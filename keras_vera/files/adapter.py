@@ -62,7 +62,9 @@ def save_adapter(
     Example:
 
     ```python
-    keras_vera.save_adapter(model, "sst2.vera.safetensors")
+    keras_vera.enable_vera(classifier)
+    classifier.fit(sentences, labels)
+    keras_vera.save_adapter(classifier, "sst2.vera.safetensors")
     ```
     """
     filepath = hub_paths.check_destination(filepath)
@@ -133,8 +135,8 @@ def load_adapter(
     Example:
 
     ```python
-    classifier = keras_hub.models.BertTextClassifier.from_preset(
-        "bert_base_en", num_classes=2
+    classifier = keras_hub.models.TextClassifier.from_preset(
+        "roberta_base_en", num_classes=2
     )
     keras_vera.load_adapter(classifier, "sst2.vera.safetensors")
     ```

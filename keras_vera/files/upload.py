@@ -64,6 +64,8 @@ def upload_adapter(
     Example:
 
     ```python
+    import huggingface_hub
+
     keras_vera.upload_adapter(
         "sst2.vera.safetensors",
         "hf://user/roberta-sst2-vera",

@@ -113,8 +113,8 @@ def enable_vera(
     Example:
 
     ```python
-    classifier = keras_hub.models.BertTextClassifier.from_preset(
-        "bert_base_en", num_classes=2
+    classifier = keras_hub.models.TextClassifier.from_preset(
+        "roberta_base_en", num_classes=2
     )
     keras_vera.enable_vera(classifier, rank=256)
     classifier.compile(
@@ -201,9 +201,9 @@ def merge(model: keras.Layer) -> None:
     Example:
 
     ```python
-    keras_vera.load_adapter(model, "sst2.vera.safetensors")
-    keras_vera.merge(model)
-    model.save("merged.keras")
+    keras_vera.load_adapter(classifier, "sst2.vera.safetensors")
+    keras_vera.merge(classifier)
+    classifier.save("merged.keras")
     ```
     """
     _base_scope.check_outside(model)
@@ -246,6 +246,9 @@ def base_model(model: keras.Layer) -> Iterator[keras.Layer]:
     Example:
 
     ```python
+    keras_vera.enable_vera(model)
+    model.fit(x, y)
+    outputs = model.predict(x)
     with keras_vera.base_model(model):
         base_outputs = model.predict(x)
     ```

@@ -79,8 +79,10 @@ def load_peft_adapter(
     Example:
 
     ```python
-    backbone = keras_hub.models.Backbone.from_preset("hf://google-bert/bert-base-uncased")
-    keras_vera.load_peft_adapter(backbone, "my-peft-vera-adapter")
+    backbone = keras_hub.models.Backbone.from_preset(
+        "hf://FacebookAI/roberta-base"
+    )
+    keras_vera.load_peft_adapter(backbone, "peft-adapter-folder")
     ```
     """
     _base_scope.check_outside(model)

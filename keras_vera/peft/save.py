@@ -87,9 +87,9 @@ def save_peft_adapter(
     Example:
 
     ```python
-    keras_vera.save_peft_adapter(
-        classifier, "sst2-peft", base_model_name_or_path="roberta-base"
-    )
+    keras_vera.enable_vera(causal_lm)
+    causal_lm.fit(texts)
+    keras_vera.save_peft_adapter(causal_lm, "to-peft")
     report = keras_vera.save_peft_adapter(
         causal_lm, "lora-for-vllm", as_lora=16, batch=inputs
     )

@@ -1,6 +1,7 @@
 """Slots of an `AdapterBank`, and prediction with an adapter for each row."""
 
 import banks
+import hub_text
 import keras
 import numpy as np
 import pytest
@@ -465,19 +466,7 @@ def test_data_pipelines(files, outputs, x, make):
 
 def test_dict_inputs_of_texts(tmp_path):
     """With a preprocessor, the bank takes what the model itself takes."""
-    keras_hub = pytest.importorskip("keras_hub")
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *"abcdefgh"]
-    tokenizer = keras_hub.models.BertTokenizer(vocabulary=words)
-    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(
-        tokenizer, sequence_length=6
-    )
-    task = make_task("bert")
-    task = type(task)(
-        backbone=task.backbone,
-        num_classes=3,
-        dropout=0.0,
-        preprocessor=preprocessor,
-    )
+    task = hub_text.make_classifier()
     keras_vera.enable_vera(task, rank=4)
     bank = keras_vera.AdapterBank(task, capacity=2)
     bank.add("none")
@@ -495,17 +484,7 @@ def test_dict_inputs_of_texts(tmp_path):
 
 
 def test_texts_that_are_none_fail_alone(tmp_path):
-    keras_hub = pytest.importorskip("keras_hub")
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *"abcdefgh"]
-    task = make_task("bert")
-    task = type(task)(
-        backbone=task.backbone,
-        num_classes=3,
-        dropout=0.0,
-        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
-            keras_hub.models.BertTokenizer(vocabulary=words), sequence_length=6
-        ),
-    )
+    task = hub_text.make_classifier()
     keras_vera.enable_vera(task, rank=4)
     bank = keras_vera.AdapterBank(task, capacity=2)
     randomize(task, 1)

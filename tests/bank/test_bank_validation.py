@@ -1,6 +1,7 @@
 """Banks that take names wherever examples come from."""
 
 import banks
+import hub_text
 import keras
 import numpy as np
 import pytest
@@ -268,23 +269,7 @@ def test_a_dataset_that_cannot_be_read_costs_nothing(files, data, tmp_path):
 
 def test_texts_with_names(tmp_path):
     """A preprocessor takes the texts of datasets, too."""
-    keras_hub = pytest.importorskip("keras_hub")
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *"abcdefgh"]
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=len(words),
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=8,
-        max_sequence_length=6,
-    )
-    task = keras_hub.models.BertTextClassifier(
-        backbone,
-        num_classes=3,
-        preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
-            keras_hub.models.BertTokenizer(vocabulary=words), sequence_length=6
-        ),
-    )
+    task = hub_text.make_classifier()
     keras_vera.enable_vera(task, rank=4)
     banks.randomize(task, 1)
     keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")

@@ -38,6 +38,14 @@ NAMES = sorted(
     {*ENTRIES, *backbones.public_backbones()},
     key=lambda name: (name in ENTRIES and ENTRIES[name].modality, name),
 )
+# JAX and TensorFlow compile them for long.
+LONG = {
+    "HGNetV2Backbone",
+    "MoonshineBackbone",
+    "T5Backbone",
+    "T5Backbone:gated",
+    "WhisperBackbone",
+}
 # They read the size of images, or the number of steps, as numbers.
 NOT_COMPILED = {"Qwen3_5Backbone:vision", "StableDiffusion3Backbone"}
 # On PyTorch, KerasHub needs torchvision for it.
