@@ -230,7 +230,7 @@ def in_turn(name):
     return pytest.param(name, marks=mark("torch") if name in LONG else mark)
 
 
-@pytest.mark.parametrize("name", map(in_turn, NAMES))
+@pytest.mark.parametrize("name", [in_turn(name) for name in NAMES])
 def test_backbone(name, tmp_path, table):
     if name not in ENTRIES:
         table[name] = f"| `{name}` |{' |' * (len(ROLES) + 2)} {MISSING} |"
