@@ -43,20 +43,20 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def example(arguments, name="text_classification"):
+def example(arguments, name="text_classification", until=FIRST_TRAINING):
     """Runs an example's cells up to the first training; returns its names."""
     path = EXAMPLES / f"{name}.py"
     names = {"__name__": "example"}
     argv, sys.argv = sys.argv, [str(path), *map(str, arguments)]
     try:
         for cell in jupytext.read(path).cells:
-            if FIRST_TRAINING in cell.source:
+            if until in cell.source:
                 return names
             if cell.cell_type == "code":
                 exec(compile(cell.source, str(path), "exec"), names)
     finally:
         sys.argv = argv
-    raise RuntimeError(f"{path} has no heading '{FIRST_TRAINING}'.")
+    raise RuntimeError(f"{path} has no heading '{until}'.")
 
 
 def accuracies(args, seed, folder, data):

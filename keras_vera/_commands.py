@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 from keras_vera.files import format as adapter_format
+from keras_vera.files import hub_paths
 
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")
 _SETTINGS = (
@@ -39,7 +40,7 @@ def inspect(args):
     vectors = sum(numbers[x] for x in numbers if _is_vector(x))
     found = {
         "file": args.file,
-        "bytes": os.path.getsize(args.file),
+        "bytes": os.path.getsize(hub_paths.local_file(args.file)),
         **{name: header[name] for name in _SETTINGS},
         "made_by": {
             name: header.get(f"{name}_version")
@@ -243,6 +244,11 @@ def _to_dtype(args):
 
 
 def _to_peft(args):
+    hub_paths.check_is_here(
+        "output",
+        args.output,
+        "Write a folder here and upload it with huggingface_hub.",
+    )
     if args.preset is None:
         raise ValueError(
             "PEFT's names of modules, and its matrices, are found with the "
