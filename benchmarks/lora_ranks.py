@@ -46,6 +46,7 @@ def parse_arguments():
     parser.add_argument("--limit", type=int, help="sentences per split")
     parser.add_argument("--validation", type=int, default=64, help="e2e pairs")
     parser.add_argument("--preset", help="in the place of SmolLM2")
+    parser.add_argument("--length", type=int, default=96, help="e2e tokens")
     parser.add_argument(
         "--ranks", nargs="+", type=int, default=[128, 64, 32, 16, 8, 1]
     )
@@ -81,6 +82,7 @@ def e2e(args, folder):
     sys.path.insert(0, str(EXAMPLES))  # The examples share a file.
     pairs = max(args.validation, 8 * args.steps)
     options = ["--epochs", 1, "--output_dir", folder, "--limit", pairs]
+    options += ["--length", args.length]
     if args.preset is not None:
         options += ["--preset", args.preset]
     names = example(options, "data_to_text", until="## The model as it is")
