@@ -29,6 +29,8 @@ What we are going to do:
 3. Train each alone, to compare.
 4. Serve all users in one batch, and measure what that costs.
 5. Save one user to an adapter file of the usual kind.
+6. Let new users come, who start from the mean of the others, and from nothing
+   to compare.
 
 It needs no GPU and no network, and runs on the backend that the environment
 variable `KERAS_BACKEND` names.
@@ -64,6 +66,7 @@ In a notebook, change the defaults here.
 parser = argparse.ArgumentParser()
 parser.add_argument("--preset", help="a KerasHub preset; default: MiniLM-L6")
 parser.add_argument("--users", type=int, default=50)
+parser.add_argument("--new_users", type=int, default=4, help="who come later")
 parser.add_argument("--sentences", type=int, default=96, help="of each user")
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--batch_size", type=int, default=32)
@@ -179,6 +182,9 @@ def make_user(number):
 
 
 users = {f"user{i:02}": make_user(i) for i in range(args.users)}
+new_users = {
+    f"new{i:02}": make_user(args.users + i) for i in range(args.new_users)
+}
 own, train, test = users["user00"]
 print(f"user00 has the folders {own}, {len(train)} sentences to train with and")
 print(f"{len(test)} to test with, such as:")
@@ -186,8 +192,8 @@ for sentence, folder in test[:: max(1, len(test) // 4)]:
     print(f"  {folder}: {sentence}")
 
 
-def rows(side, together=1):
-    """Returns names, sentences and folders of all users, shuffled.
+def rows(users, side, together=1):
+    """Returns names, sentences and folders of users, shuffled.
 
     `together` sentences of a user follow each other.
     """
@@ -204,8 +210,8 @@ def rows(side, together=1):
 
 
 SENTENCES_AT_ONCE = max(1, args.batch_size // 4)  # Of a user, in a batch.
-train_names, train_sentences, train_folders = rows(1, SENTENCES_AT_ONCE)
-test_names, test_sentences, test_folders = rows(2)
+train_names, train_sentences, train_folders = rows(users, 1, SENTENCES_AT_ONCE)
+test_names, test_sentences, test_folders = rows(users, 2)
 
 # %% [markdown]
 """
@@ -260,7 +266,7 @@ folders, and another one that will be trained alone.
 """
 
 # %%
-bank = keras_vera.AdapterBank(base, capacity=2 * len(users))
+bank = keras_vera.AdapterBank(base, capacity=2 * (len(users) + len(new_users)))
 for name, (own, _, _) in users.items():
     bank.add(name, classes=len(own))
     bank.add(f"{name} alone", classes=len(own))
@@ -391,6 +397,52 @@ times = {way: 1e3 * statistics.median(all_[1:]) for way, all_ in times.items()}
 
 # %% [markdown]
 """
+## New users
+
+Users who come later need not start from nothing: with `like`, a new adapter is
+the mean of others, here of all that have as many folders. These have put other
+things into their folders, or the same in another order, so what their mean may
+know is how sentences of this kind differ, not where they belong.
+
+Each new user trains twice, from there and from nothing, both in the same
+`fit`, and is tested after each epoch.
+"""
+
+# %%
+STARTS = "from nothing", "from the mean of the others"
+for name, (own, _, _) in new_users.items():
+    alike = [x for x in users if len(users[x][0]) == len(own)]
+    bank.add(f"{name} {STARTS[0]}", classes=len(own))
+    bank.add(f"{name} {STARTS[1]}", classes=len(own), like=alike or None)
+
+
+def of_all_starts(side, together=1):
+    """Returns names of adapters, inputs and folders of the new users."""
+    names, sentences, folders = rows(new_users, side, together)
+    names = [f"{name} {start}" for start in STARTS for name in names]
+    return np.array(names), to_arrays(2 * sentences), np.tile(folders, 2)
+
+
+new_names, x_new, new_folders = of_all_starts(1, SENTENCES_AT_ONCE)
+new_test_names, x_new_test, new_test_folders = of_all_starts(2)
+curves = []
+for epoch in range(2 * args.epochs + 1):
+    if epoch:
+        bank.fit(
+            x_new,
+            new_folders,
+            adapters=new_names,
+            batch_size=args.batch_size,
+            shuffle="batch",
+            verbose=0,
+        )
+    new_logits = bank.predict(x_new_test, new_test_names)
+    right = new_logits.argmax(-1) == new_test_folders
+    curves.append(right.reshape(2, -1).mean(axis=1))
+curves = dict(zip(STARTS, np.transpose(curves)))
+
+# %% [markdown]
+"""
 ## Results
 """
 
@@ -416,6 +468,14 @@ print(
 )
 for way, milliseconds in times.items():
     print(f"{len(users)} sentences, {way}: {milliseconds:.0f} ms")
+
+# Where are new users after each epoch, and when are they near the end?
+goal = 0.95 * curves[STARTS[0]][-1]
+for start, curve in curves.items():
+    reached = np.flatnonzero(curve >= goal)
+    epochs = reached[0] if len(reached) else "no number of"
+    print(f"New users {start} reach {goal:.1%} after {epochs} epochs")
+    print("  " + " ".join(f"{share:.1%}" for share in curve))
 
 # %%
 figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")

@@ -15,6 +15,7 @@ _EPILOG = (
     "Exit codes: 0, done (diff: no difference); 1, diff found differences; "
     "2, something is wrong with an argument or a file; nothing was written."
 )
+_FILE = "a *.vera.safetensors file, or hf://user/repo for one on the Hub"
 
 
 def main(arguments=None):
@@ -50,7 +51,7 @@ def _parser():
         _commands.inspect,
         "say what an adapter file is, from its header",
     )
-    command.add_argument("file", help="a *.vera.safetensors file")
+    command.add_argument("file", help=_FILE)
     command.add_argument(
         "--verify",
         action="store_true",
@@ -63,13 +64,13 @@ def _parser():
         "say in which settings and layers two adapter files differ, with the "
         "cosines of their vectors",
     )
-    command.add_argument("a", help="a *.vera.safetensors file")
+    command.add_argument("a", help=_FILE)
     command.add_argument("b", help="another one")
 
     command = add(
         "convert", _commands.convert, "write an adapter file in another form"
     )
-    command.add_argument("file", help="a *.vera.safetensors file")
+    command.add_argument("file", help=_FILE)
     command.add_argument(
         "to",
         choices=["float32", "float16", "bfloat16", "peft", "lora"],

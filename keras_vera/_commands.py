@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 from keras_vera.files import format as adapter_format
+from keras_vera.files import hub_paths
 
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")
 _SETTINGS = (
@@ -39,7 +40,7 @@ def inspect(args):
     vectors = sum(numbers[x] for x in numbers if _is_vector(x))
     found = {
         "file": args.file,
-        "bytes": os.path.getsize(args.file),
+        "bytes": os.path.getsize(hub_paths.local_file(args.file)),
         **{name: header[name] for name in _SETTINGS},
         "made_by": {
             name: header.get(f"{name}_version")
@@ -243,6 +244,11 @@ def _to_dtype(args):
 
 
 def _to_peft(args):
+    hub_paths.check_is_here(
+        "output",
+        args.output,
+        "Write a folder here and upload it with huggingface_hub.",
+    )
     if args.preset is None:
         raise ValueError(
             "PEFT's names of modules, and its matrices, are found with the "
@@ -259,15 +265,27 @@ def _to_peft(args):
     model_class = getattr(keras_hub.models, task, None)
     if not hasattr(model_class, "from_preset"):
         raise ValueError(f"`--task`: keras_hub.models has no model '{task}'.")
-    if args.task is None and header["bases"] != [""]:
+    is_task = not issubclass(model_class, keras_hub.models.Backbone)
+    if not is_task and header["bases"] != [""]:
         raise ValueError(
             f"'{args.file}' was saved from a task, with its backbone at "
             f"{header['bases']}. Pass `--task`, as in `--task CausalLM`."
         )
-    kwargs = {} if args.task is None else {"preprocessor": None}
+    if not is_task and args.num_classes is not None:
+        raise ValueError(
+            "`--num-classes` is for a classifier. Pass `--task` as well, as "
+            "in `--task TextClassifier`."
+        )
+    kwargs = {"preprocessor": None} if is_task else {}
     if args.num_classes is not None:
         kwargs["num_classes"] = args.num_classes
-    model = model_class.from_preset(args.preset, **kwargs)
+    try:
+        model = model_class.from_preset(args.preset, **kwargs)
+    except TypeError as error:  # Arguments of the task's own class.
+        raise ValueError(
+            f"`--task {task}` could not be made, with {kwargs}: {error}. A "
+            "classifier needs `--num-classes`."
+        ) from error
     load_adapter(model, args.file)
     as_lora = args.to == "lora" and (True if args.rank is None else args.rank)
     is_hub, name = args.preset.startswith("hf://"), args.preset[len("hf://") :]

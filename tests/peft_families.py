@@ -74,6 +74,16 @@ def renamed(*replacements):
     return change
 
 
+def with_towers(model_type):
+    """As the text model is in a published one with a tower for images."""
+
+    def change(folder):
+        settings(model_type=model_type)(folder)
+        renamed(("model.", "model.language_model."))(folder)
+
+    return change
+
+
 def quantized_experts(folder):
     """Writes the experts, which are 0, in the form MXFP4."""
     file = folder / "model.safetensors"
@@ -249,6 +259,46 @@ FAMILIES = {
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         hf.Qwen3MoeForCausalLM,
         published=settings(num_experts=4),
+    ),
+    "qwen3_5": Row(
+        hf.Qwen3_5TextModel,
+        hf.Qwen3_5TextConfig(
+            **SIZES,
+            **TEXT,
+            num_key_value_heads=2,
+            head_dim=8,  # A quarter of it turns.
+            linear_key_head_dim=4,
+            linear_value_head_dim=4,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            layer_types=["linear_attention", "full_attention"],
+            tie_word_embeddings=True,
+        ),
+        [*DECODER_TARGETS, "in_proj_qkv", "in_proj_a", "out_proj"],
+        hf.Qwen3_5ForCausalLM,
+        published=with_towers("qwen3_5"),
+    ),
+    "qwen3_5_moe": Row(
+        hf.Qwen3_5MoeTextModel,
+        hf.Qwen3_5MoeTextConfig(
+            **{**SIZES, "intermediate_size": None},
+            **TEXT,
+            num_key_value_heads=2,
+            head_dim=8,
+            linear_key_head_dim=4,
+            linear_value_head_dim=4,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            layer_types=["linear_attention", "full_attention"],
+            tie_word_embeddings=True,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+        ),
+        ["q_proj", "o_proj", "in_proj_z", "out_proj", "shared_expert_gate"],
+        hf.Qwen3_5MoeForCausalLM,
+        published=with_towers("qwen3_5_moe"),
     ),
     "gpt_oss": Row(
         hf.GptOssModel,

@@ -77,6 +77,29 @@ def test_evidence_of_texts(tmp_path, small_minilm):
 
 
 @pytest.mark.in_turn("torch")
+def test_lora_ranks(tmp_path, small_minilm):
+    tiny_causal_lm().save_to_preset(tmp_path / "tiny")
+    output = run(
+        *(FOLDER / "lora_ranks.py", "--rank", "128", "--ranks", "2"),
+        *("--epochs", "1", "--limit", "4", "--steps", "1"),
+        *("--validation", "2", "--preset", tmp_path / "tiny"),
+        *("--length", "208"),
+    )
+    tables = re.findall(r"^\| VeRA [^$]*?\| no adapter .*$", output, re.M)
+    assert len(tables) == 2
+    for table in tables:
+        ours, exact, lower, none = (
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in table.splitlines()
+        )
+        assert exact[0] == "LoRA, exact" and lower[0] == "LoRA, rank 2"
+        assert exact[2] == "0.000, 0.000, 0.000" and float(exact[3]) < 1e-3
+        assert float(lower[2].split(", ")[-1]) > 0.01
+        assert 0.01 < float(lower[3]) < 10
+        assert ours[4] == exact[4]
+
+
+@pytest.mark.in_turn("torch")
 def test_evidence_of_language_models(tmp_path):
     tiny_causal_lm().save_to_preset(tmp_path / "tiny")
     for task, sizes in {

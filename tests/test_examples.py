@@ -47,6 +47,9 @@ def one_base_many_users(folder):
     table = run("one_base_many_users", sizes, folder)
     for row in ("each alone", "all mixed", "one mixed batch", "as a file"):
         assert row in table
+    for start in ("nothing", "the mean of the others"):
+        line = re.search(rf"New users from {start} reach .*\n(.*)\n", table)
+        assert len(line[1].split()) == 3
     check_files(folder / "one_base_many_users_output", "users", adapters=1)
 
 

@@ -157,7 +157,7 @@ class AdapterBank:
 
         Args:
             name: String, not in the bank yet, unless with `replace`.
-            filepath: `str` or `pathlib.Path`.
+            filepath: As in `keras_vera.load_adapter`.
             head: Boolean, whether to load the task head as well. `False`
                 gives the adapter that of the model. Defaults to `True`.
             replace: Boolean, whether an adapter that is there makes room for

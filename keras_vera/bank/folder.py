@@ -9,6 +9,7 @@ from keras_vera.files import disk
 from keras_vera.files.format import EXTENSION
 from keras_vera.files.format import AdapterFileError
 from keras_vera.files.format import check_filepath
+from keras_vera.files.hub_paths import check_is_here
 
 _ERRORS = "surrogatepass"  # What a name may hold, a file name may not.
 
@@ -21,6 +22,7 @@ class Folder:
     """
 
     def __init__(self, path):
+        check_is_here("folder", path, "Use a folder here.")
         self.path = os.fspath(path)
         os.makedirs(self.path, exist_ok=True)
         disk.sweep(self.path)

@@ -4,7 +4,6 @@ from keras_vera import _keras
 from keras_vera._types import FilePath
 from keras_vera.files import fit
 from keras_vera.files import format as adapter_format
-from keras_vera.files import hub_paths
 from keras_vera.files import upload
 from keras_vera.files.format import check_file_dtype
 from keras_vera.files.saved import adaptations
@@ -67,7 +66,7 @@ def save_adapter(
     keras_vera.save_adapter(classifier, "sst2.vera.safetensors")
     ```
     """
-    filepath = hub_paths.check_destination(filepath)
+    filepath = upload.check_destination(filepath)
     check_file_dtype(dtype)
     layers = adaptation.check_adapted(model)
     adaptation.check_base_is_clean(model, layers)
@@ -141,7 +140,6 @@ def load_adapter(
     keras_vera.load_adapter(classifier, "sst2.vera.safetensors")
     ```
     """
-    filepath = hub_paths.local_file(filepath)
     header, tensors = adapter_format.read(filepath)
     if not isinstance(model, keras.Layer):
         raise ValueError(

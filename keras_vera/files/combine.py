@@ -52,10 +52,11 @@ def combine(
       for weights that sum to 1.
 
     Args:
-        adapters: Dict of numbers, the weights, by adapter file (`str` or
-            `pathlib.Path`); with `bank`, by the names of its adapters. All
-            must have the same rank, seed, structure, layers and base, and
-            none of them may have trained parts of the base in full (`train`).
+        adapters: Dict of numbers, the weights, by adapter file (as in
+            `load_adapter`, also on the Hub); with `bank`, by the names of its
+            adapters. All must have the same rank, seed, structure, layers and
+            base, and none of them may have trained parts of the base in full
+            (`train`).
         destination: `str` or `pathlib.Path`, the file to write, which must
             end in `.vera.safetensors`; with `bank`, the name of the adapter
             to add to it.

@@ -20,6 +20,7 @@ try:
 except ImportError:  # Windows.
     fcntl = None  # type: ignore[assignment]
 
+EXTENSION = ".vera.safetensors"
 _TEMPORARY = ".vera.tmp"
 _ABANDONED = 3600  # Seconds; a file is written in less than one.
 # File systems that cannot lock or synchronize a folder say one of these.

@@ -12,13 +12,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_vera.files import hub_paths
+from keras_vera.files.disk import EXTENSION as EXTENSION
 from keras_vera.files.disk import AdapterFileError as AdapterFileError
 from keras_vera.files.disk import errors_about
 from keras_vera.files.disk import opened
 from keras_vera.files.disk import write_files
 from keras_vera.product.projection import EXPLICIT
 
-EXTENSION = ".vera.safetensors"
 FORMAT_VERSION = 1
 _HEADER = "keras_vera"
 _HEADER_KEYS = {
@@ -49,6 +50,11 @@ _DTYPES.update(_FLOATS, F64="float64", BOOL="bool")
 
 
 def check_filepath(filepath):
+    hub_paths.check_is_here(
+        "filepath",
+        filepath,
+        "Write a file here and upload it with `keras_vera.upload_adapter`.",
+    )
     filepath = os.fspath(filepath)
     if not filepath.endswith(EXTENSION):
         raise ValueError(
@@ -121,7 +127,7 @@ def read(filepath):
     """Returns the header and the entries of an adapter file, all checked.
 
     Args:
-        filepath: String or path.
+        filepath: String or path, also one of the Hub.
 
     Returns:
         The header, a dict, whose `"layers"` are a dict by structural path;
@@ -136,8 +142,9 @@ def read(filepath):
 
 def read_version(filepath):
     """As `read`, and the `Version` of the file, which is opened once."""
+    local = hub_paths.local_file(filepath)
     with errors_about(filepath, "is not an adapter file, or is damaged"):
-        with opened(filepath) as (file, version):
+        with opened(local) as (file, version):
             header, _ = _header_in(file, version.size)
             file.seek(0)
             content = file.read()
@@ -176,7 +183,7 @@ def read_header(filepath):
     with the size that the file has.
 
     Args:
-        filepath: String or path.
+        filepath: String or path, also one of the Hub.
 
     Returns:
         The header, as `read` gives it; and a dict of `(dtype, shape)` by entry
@@ -185,8 +192,9 @@ def read_header(filepath):
     Raises:
         AdapterFileError: If anything is wrong with what was read.
     """
+    local = hub_paths.local_file(filepath)
     with errors_about(filepath, "is not an adapter file, or is damaged"):
-        with opened(filepath) as (file, version):
+        with opened(local) as (file, version):
             return _header_in(file, version.size)
 
 

@@ -5,12 +5,12 @@ behind it if need be, and with a file of it.
 """
 
 import contextlib
+import os
 import re
 from urllib.parse import unquote
 
-from keras_vera.files import format as adapter_format
-from keras_vera.files.format import EXTENSION
-from keras_vera.files.format import AdapterFileError
+from keras_vera.files.disk import EXTENSION
+from keras_vera.files.disk import AdapterFileError
 
 _SCHEME = "hf://"
 # The file of a repository that a path without one means.
@@ -68,12 +68,19 @@ def is_hub_path(filepath):
     return isinstance(filepath, str) and filepath.startswith(_SCHEME)
 
 
-def check_destination(filepath):
-    """Returns where an adapter can be saved to: a path, here or on the Hub."""
-    if is_hub_path(filepath):
-        HubPath(filepath)
-        return filepath
-    return adapter_format.check_filepath(filepath)
+def check_is_here(name, path, instead):
+    """Raises if a path is on the Hub, where only this machine will do.
+
+    Args:
+        name: String, the argument.
+        path: String or path; `pathlib` makes one slash of two.
+        instead: String, what to do.
+    """
+    if os.fspath(path).startswith(_SCHEME[:-1]):
+        raise ValueError(
+            f"`{name}` must be a path on this machine, not on the Hugging "
+            f"Face Hub. Received: {name}={os.fspath(path)!r}. {instead}"
+        )
 
 
 def local_file(filepath):

@@ -36,7 +36,8 @@ def upload_adapter(
     without what only you know, and only where there is none.
 
     Args:
-        filepath: `str` or `pathlib.Path`, made by `save_adapter`.
+        filepath: `str` or `pathlib.Path`, made by `save_adapter`; or a path
+            on the Hub, as `load_adapter` takes it.
         hub_path: `str`, `"hf://user/repo"` or
             `"hf://user/repo/name.vera.safetensors"`. Without a name, the file
             is `adapter.vera.safetensors`. `@branch` behind the repository
@@ -89,6 +90,7 @@ def upload_adapter(
             f"Received: hub_path={hub_path!r}"
         )
     path = hub_paths.HubPath(hub_path)
+    filepath = hub_paths.local_file(filepath)
     adapter_format.read(filepath)
     card = make_card(
         filepath,
@@ -100,6 +102,14 @@ def upload_adapter(
         eval_results=eval_results,
     )
     return upload(filepath, path, hub_path, card, private)
+
+
+def check_destination(filepath):
+    """Returns where an adapter can be saved to: a path, here or on the Hub."""
+    if hub_paths.is_hub_path(filepath):
+        hub_paths.HubPath(filepath)
+        return filepath
+    return adapter_format.check_filepath(filepath)
 
 
 def write(filepath, header, tensors):

@@ -14,6 +14,7 @@ from keras_vera.files.disk import read_bytes
 from keras_vera.files.format import decode
 from keras_vera.files.format import parsed
 from keras_vera.files.format import read_index
+from keras_vera.files.hub_paths import check_is_here
 from keras_vera.layers import _base_scope
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._kinds import kind_of
@@ -85,6 +86,12 @@ def load_peft_adapter(
     keras_vera.load_peft_adapter(backbone, "peft-adapter-folder")
     ```
     """
+    check_is_here(
+        "folder",
+        folder,
+        "Download it with huggingface_hub's `snapshot_download`, and pass the "
+        "folder that this returns.",
+    )
     _base_scope.check_outside(model)
     adaptation.check_model(model)
     _keras.check_all_here("load_peft_adapter", model.variables)

@@ -7,6 +7,8 @@ decompositions `L = Q R` and `U^T = P S`, `L U = Q (R S^T) P^T`, and only the
 small core in the middle is decomposed.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops
@@ -18,6 +20,24 @@ from keras_vera.layers._in_place import is_adapted
 from keras_vera.model.enable import base_model
 from keras_vera.peft.load import contraction_of
 from keras_vera.product.checks import check_finite
+from keras_vera.product.checks import check_integer
+
+
+def check_as_lora(as_lora, batch):
+    if not isinstance(as_lora, bool):
+        try:
+            check_integer("as_lora", as_lora, 1)
+        except ValueError:
+            raise ValueError(
+                "`as_lora` must be `True` (LoRA of the adapter's own rank), "
+                "the rank of LoRA, a positive integer, or `False` (VeRA). "
+                f"Received: as_lora={as_lora!r}"
+            ) from None
+    if batch is not None and as_lora is False:
+        raise ValueError(
+            "`batch` is what the error of LoRA is measured on. Received: "
+            "batch without as_lora; VeRA is saved exactly."
+        )
 
 
 def module_factors(layers):
@@ -155,6 +175,14 @@ def output_errors(model, batch, modules, exact, others):
     outputs = _outputs(model, batch)
     with _base_scope.resumed(), base_model(model):
         without = _outputs(model, batch)
+    with other_updates(modules, exact, others):
+        changed = _outputs(model, batch)
+    return _largest(changed, outputs), _largest(without, outputs)
+
+
+@contextlib.contextmanager
+def other_updates(modules, exact, others):
+    """Gives layers other updates for a moment; see `output_errors`."""
     kept = []
     try:
         for module, layers in modules.items():
@@ -177,11 +205,10 @@ def output_errors(model, batch, modules, exact, others):
                     ops.cast(kernel, "float32")
                     + contraction.kernel_tensor(ops.convert_to_tensor(change))
                 )
-        changed = _outputs(model, batch)
+        yield
     finally:
         for kernel, values in kept:
             kernel.assign(values)
-    return _largest(changed, outputs), _largest(without, outputs)
 
 
 def _outputs(model, batch):

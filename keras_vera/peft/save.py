@@ -12,6 +12,7 @@ from keras_vera import _keras
 from keras_vera._types import FilePath
 from keras_vera.files.disk import errors_about
 from keras_vera.files.disk import write_files
+from keras_vera.files.hub_paths import check_is_here
 from keras_vera.layers import _base_scope
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.model import adaptation
@@ -28,7 +29,6 @@ from keras_vera.peft.load import WEIGHTS
 from keras_vera.peft.load import contraction_of
 from keras_vera.peft.parts import split_parts
 from keras_vera.product.checks import check_finite
-from keras_vera.product.checks import check_integer
 
 
 @_base_scope.suspended()
@@ -96,7 +96,13 @@ def save_peft_adapter(
     print(max(report["lost"].values()), report["output_error"])
     ```
     """
-    _check_as_lora(as_lora, batch)
+    check_is_here(
+        "folder",
+        folder,
+        "Write a folder here and upload it with huggingface_hub's "
+        "`upload_folder`.",
+    )
+    lora.check_as_lora(as_lora, batch)
     adapted = adaptation.check_adapted(model)
     cut = _keras.cut_over_processes(model.variables)
     _keras.check_all_here("save_peft_adapter", cut)
@@ -145,23 +151,6 @@ def save_peft_adapter(
     }
     _write(os.fspath(folder), tensors, config)
     return report
-
-
-def _check_as_lora(as_lora, batch):
-    if not isinstance(as_lora, bool):
-        try:
-            check_integer("as_lora", as_lora, 1)
-        except ValueError:
-            raise ValueError(
-                "`as_lora` must be `True` (LoRA of the adapter's own rank), "
-                "the rank of LoRA, a positive integer, or `False` (VeRA). "
-                f"Received: as_lora={as_lora!r}"
-            ) from None
-    if batch is not None and as_lora is False:
-        raise ValueError(
-            "`batch` is what the error of LoRA is measured on. Received: "
-            "batch without as_lora; VeRA is saved exactly."
-        )
 
 
 def _write(folder, tensors, config):

@@ -119,15 +119,7 @@ _GEMMA4 = {
     "per_layer_input_gate": "per_layer_input_gate",
     "per_layer_projection": "per_layer_up_proj",
 }
-_SMOLLM3 = {
-    "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.k_proj",
-    "self_attn.v_proj": "self_attn.v_proj",
-    "self_attn.o_proj": "self_attn.o_proj",
-    "mlp.gate_proj": "mlp.gate_proj",
-    "mlp.up_proj": "mlp.up_proj",
-    "mlp.down_proj": "mlp.down_proj",
-}
+_SMOLLM3 = {name: name for name in _DECODER}  # The same on both sides.
 _T5GEMMA_ENCODER = {
     "self_attn.q_proj": "self_attn.query_dense",
     "self_attn.k_proj": "self_attn.key_dense",
@@ -151,12 +143,7 @@ _MIXTRAL = {
     "self_attn.v_proj": "_self_attention_layer.value_dense",
     "self_attn.o_proj": "_self_attention_layer.output_dense",
 }
-_GPT_OSS = {
-    "self_attn.q_proj": "self_attention_layer.query_dense",
-    "self_attn.k_proj": "self_attention_layer.key_dense",
-    "self_attn.v_proj": "self_attention_layer.value_dense",
-    "self_attn.o_proj": "self_attention_layer.output_dense",
-}
+_GPT_OSS = {name: path.removeprefix("_") for name, path in _MIXTRAL.items()}
 _SHARED_EXPERT = "mlp.shared_expert_dense._feedforward_"
 _QWEN_MOE = {
     **_MIXTRAL,
@@ -168,6 +155,20 @@ _QWEN_MOE = {
     "mlp.gate_proj": "_feedforward_gate_dense",
     "mlp.up_proj": "_feedforward_intermediate_dense",
     "mlp.down_proj": "_feedforward_output_dense",
+}
+_SHARED = "mlp.shared_expert._feedforward_"
+# Three in four blocks have linear attention; some models, shared experts.
+_QWEN3_5 = {
+    **_DECODER,
+    "mlp.shared_expert.gate_proj": _SHARED + "gate_dense",
+    "mlp.shared_expert.up_proj": _SHARED + "intermediate_dense",
+    "mlp.shared_expert.down_proj": _SHARED + "output_dense",
+    "mlp.shared_expert_gate": "mlp._shared_expert_gate",
+    "linear_attn.in_proj_qkv": "_linear_attn.in_proj_qkv",
+    "linear_attn.in_proj_z": "_linear_attn.in_proj_z",
+    "linear_attn.in_proj_b": "_linear_attn.in_proj_b",
+    "linear_attn.in_proj_a": "_linear_attn.in_proj_a",
+    "linear_attn.out_proj": "_linear_attn.out_proj",
 }
 _METACLIP2 = {
     "self_attn.q_proj": "attention.query_dense",
@@ -335,6 +336,8 @@ FAMILIES = {
     "QwenBackbone": Family("model", ((*_DECODER_BLOCKS, _DECODER),)),
     "QwenMoeBackbone": Family("model", ((*_DECODER_BLOCKS, _QWEN_MOE),)),
     "Qwen3Backbone": Family("model", ((*_DECODER_BLOCKS, _DECODER),)),
+    "Qwen3_5Backbone": Family("model", ((*_DECODER_BLOCKS, _QWEN3_5),)),
+    "Qwen3_5MoeBackbone": Family("model", ((*_DECODER_BLOCKS, _QWEN3_5),)),
     "Qwen3MoeBackbone": Family("model", ((*_DECODER_BLOCKS, _DECODER),)),
     "GptOssBackbone": Family(
         "model", (("layers.{}", "transformer_layers.{}", _GPT_OSS),)

@@ -234,3 +234,12 @@ def test_convert_for_peft(tmp_path, capsys):
                 ]
                 assert both[0] == both[1]
         keras_vera.disable_vera(model)
+    lora = "convert", file, "lora", tmp_path / "none"
+    preset = "--preset", tmp_path / "base"
+    for more, message in (
+        (["--num-classes", "3"], "Pass `--task`"),
+        (["--task", "BertBackbone"], "Pass `--task`"),
+        (["--task", "TextClassifier"], "needs `--num-classes`"),
+    ):
+        assert message in error_of(capsys, *lora, *preset, *more)
+    assert not (tmp_path / "none").exists()

@@ -1,11 +1,14 @@
 """Adapters on the Hugging Face Hub, against a stand-in for it."""
 
+import json
 import os
+import pathlib
 import sys
 import tempfile
 
 import huggingface_hub
 import keras
+import numpy as np
 import pytest
 from helpers import numpy_weights
 from helpers import spoil
@@ -14,6 +17,7 @@ from hub_stand_in import Hub
 from huggingface_hub import EvalResult
 
 import keras_vera
+from keras_vera.__main__ import main
 
 pytestmark = pytest.mark.in_turn
 
@@ -178,6 +182,128 @@ def test_paths_that_make_no_sense_are_refused(hub, path, tmp_path):
             call()
     assert (state(model), state(other)) == before
     assert not hub.repos
+
+
+def published(hub, tmp_path, name="a", factor=1.0):
+    """Returns the path of an adapter on the Hub, and a file like it here."""
+    path = f"hf://user/repo/{name}.vera.safetensors"
+    file = tmp_path / f"{name}.vera.safetensors"
+    model = adapted_model()
+    for layer in model.layers:
+        layer.vera_lambda_b.assign(factor * layer.vera_lambda_b)
+    keras_vera.save_adapter(model, file)
+    keras_vera.upload_adapter(file, path)
+    return path, file
+
+
+def test_sums_of_adapters_there(hub, tmp_path):
+    (a, here_a), (b, here_b) = (
+        published(hub, tmp_path, *x) for x in (("a", 1.0), ("b", 3.0))
+    )
+    results = [tmp_path / f"{x}.vera.safetensors" for x in ("there", "here")]
+    for one, other, result in zip((a, here_a), (b, here_b), results):
+        keras_vera.combine({one: 0.5, other: 2.0}, result, head=other)
+    there, here = (x.read_bytes() for x in results)
+    assert there == here
+    with pytest.raises(keras_vera.AdapterFileError, match="'hf://user/none'"):
+        keras_vera.combine({a: 0.5, "hf://user/none": 0.5}, results[0])
+    assert results[0].read_bytes() == here
+
+
+def test_banks_load_from_there(hub, tmp_path):
+    path, file = published(hub, tmp_path)
+    bank = keras_vera.AdapterBank(adapted_model(), capacity=2)
+    bank.load("there", path)
+    bank.load("here", file)
+    x = np.random.default_rng(0).normal(size=(1, 6)).astype("float32")
+    there, here, base = (bank.predict(x, [y]) for y in ("there", "here", None))
+    np.testing.assert_array_equal(there, here)
+    assert np.abs(there - base).max() > 1e-3
+    with pytest.raises(keras_vera.AdapterFileError, match="hf://user/none"):
+        bank.load("more", "hf://user/none")
+    assert bank.names == ["there", "here"]
+
+
+def test_files_go_on_to_another_repository(hub, tmp_path):
+    path, file = published(hub, tmp_path)
+    keras_vera.upload_adapter(path, "hf://other/repo")
+    assert hub.commits[-1]["adapter.vera.safetensors"] == file.read_bytes()
+
+
+def test_commands_read_from_there(hub, tmp_path, capsys):
+    (a, here), (b, _) = (
+        published(hub, tmp_path, *x) for x in (("a", 1.0), ("b", 3.0))
+    )
+    found = []
+    for file in (a, str(here)):
+        main(["inspect", file, "--verify", "--json"])
+        found.append(json.loads(capsys.readouterr().out))
+        assert found[-1].pop("file") == file
+    assert found[0] == found[1]
+    main(["diff", a, str(here)])
+    with pytest.raises(SystemExit) as raised:
+        main(["diff", a, b])
+    assert raised.value.code == 1
+    halves = [tmp_path / f"half{i}.vera.safetensors" for i in range(2)]
+    for file, half in zip((a, here), halves):
+        main(["convert", str(file), "float16", str(half)])
+    assert halves[0].read_bytes() == halves[1].read_bytes()
+    capsys.readouterr()
+    for arguments in (
+        ["inspect", "hf://user/none"],
+        ["diff", a, "hf://user/none"],
+        ["convert", "hf://user/none", "float16", str(halves[0])],
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+        assert raised.value.code == 2
+        assert "'hf://user/none' could not be" in capsys.readouterr().err
+
+
+def test_what_is_written_here_alone(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, file = published(hub, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    model = adapted_model()
+    unchanged = state(model)
+    bank = keras_vera.AdapterBank(model, capacity=2)
+    bank.add("a")
+    commits = len(hub.commits)
+    other, folder = "hf://user/repo/b.vera.safetensors", "hf://user/repo"
+    for call, message in (
+        (lambda: keras_vera.combine({file: 1}, other), "upload_adapter"),
+        (lambda: bank.save("a", other), "upload_adapter"),
+        (
+            lambda: keras_vera.callbacks.AdapterCheckpoint(other),
+            "upload_adapter",
+        ),
+        (
+            lambda: keras_vera.AdapterBank(model, capacity=2, folder=folder),
+            "`folder` must be a path on this machine",
+        ),
+        (
+            lambda: keras_vera.save_peft_adapter(model, folder),
+            "upload_folder",
+        ),
+        (
+            lambda: keras_vera.save_peft_adapter(model, pathlib.Path(folder)),
+            "upload_folder",
+        ),
+        (
+            lambda: keras_vera.load_peft_adapter(make_model(), folder),
+            "snapshot_download",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            call()
+        assert "not on the Hugging Face Hub" in str(raised.value)
+    for to, output in (("float16", other), ("lora", folder)):
+        with pytest.raises(SystemExit):
+            main(["convert", str(file), to, output, "--json"])
+        assert "not on the Hugging Face Hub" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+    assert len(hub.commits) == commits
+    assert state(model) == unchanged
 
 
 def test_arguments_that_the_hub_would_refuse(hub, tmp_path):
