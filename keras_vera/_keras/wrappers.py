@@ -66,11 +66,11 @@ def check_not_wrapped(model):
         return
     for layer in model._flatten_layers():
         check_not_sharded(layer)
-    if any(map(_is_flattened, model.parameters())):
-        raise _sharded(model, "FullyShardedDataParallel")
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
+    if any(map(_is_flattened, model.parameters())):
+        raise _sharded(model, "FullyShardedDataParallel")
     gc.collect()
     wrapper_class = torch.nn.parallel.DistributedDataParallel
     for wrapper in gc.get_objects():

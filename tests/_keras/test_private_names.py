@@ -32,6 +32,7 @@ ELSEWHERE = {
         None,
     ),
     "_initialize_layout": ("keras.src.backend.jax.core", "jax"),
+    "_fsdp_flattened": ("torch.distributed.fsdp._common_utils", "torch"),
     "_module_state_mapping": ("torch.distributed._composable_state", "torch"),
     "_DefaultDistributionStrategy": (
         "tensorflow.python.distribute.distribute_lib",
