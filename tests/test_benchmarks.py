@@ -196,6 +196,7 @@ def test_bank():
     assert re.search(r"^ +20 adapters: opened in ", output, re.M)
 
 
+@pytest.mark.in_turn("none")  # As does `tests/bank/test_bank_processes.py`.
 def test_folder():
     """Two writers and a reader at once; every answer is checked."""
     output = subprocess.check_output(
@@ -224,17 +225,14 @@ def test_serve():
     assert "requests/s" in output
 
 
+# They take minutes; `tests/devices` has these engines as well.
+@pytest.mark.in_turn("none")
 @pytest.mark.parametrize(
     "engine",
     [
-        pytest.param(
-            "torch DistributedDataParallel", marks=pytest.mark.in_turn("torch")
-        ),
-        # They compile for minutes; `tests/devices` has them as well.
-        *(
-            pytest.param(engine, marks=pytest.mark.in_turn("none"))
-            for engine in ("tensorflow MirroredStrategy", "jax ModelParallel")
-        ),
+        "torch DistributedDataParallel",
+        "tensorflow MirroredStrategy",
+        "jax ModelParallel",
     ],
 )
 def test_devices(engine):
