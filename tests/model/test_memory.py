@@ -16,6 +16,7 @@ import keras_vera
 from keras_vera.product import projection
 
 SIZE = 4
+CYCLES = 30
 
 
 def make_base():
@@ -25,13 +26,6 @@ def make_base():
 @pytest.fixture
 def x(rng):
     return rng.normal(size=(4, SIZE)).astype("float32")
-
-
-@pytest.fixture
-def cycles(request):
-    """The others compile in each."""
-    is_torch = keras.backend.backend() == "torch"
-    return 30 if is_torch or request.config.option.all else 12
 
 
 @pytest.fixture
@@ -90,9 +84,9 @@ def living(references):
     return sum(reference() is not None for reference in references)
 
 
-def test_models_that_are_gone_leave_nothing(x, count, cycles):
+def test_models_that_are_gone_leave_nothing(x, count):
     references = []
-    for cycle in range(cycles):
+    for cycle in range(CYCLES):
         model = make_base()
         enable(model)
         use(model, x, x, cycle)
@@ -103,12 +97,12 @@ def test_models_that_are_gone_leave_nothing(x, count, cycles):
     assert count() == 0
 
 
-def test_cycles_on_one_model_leave_the_base(x, count, cycles, tmp_path):
+def test_cycles_on_one_model_leave_the_base(x, count, tmp_path):
     model = make_base()
     path = tmp_path / "a.vera.safetensors"
     base = [np.array(w) for w in model.get_weights()]
     references = []
-    for cycle in range(cycles):
+    for cycle in range(CYCLES):
         if cycle % 2 == 0:
             enable(model)
             keras_vera.save_adapter(model, path)
@@ -129,9 +123,9 @@ def test_cycles_on_one_model_leave_the_base(x, count, cycles, tmp_path):
     assert count() == 0
 
 
-def test_banks_that_are_gone_leave_nothing(x, count, cycles):
+def test_banks_that_are_gone_leave_nothing(x, count):
     references = []
-    for cycle in range(cycles):
+    for cycle in range(CYCLES):
         model = make_base()
         enable(model)
         bank = keras_vera.AdapterBank(model, capacity=2)
