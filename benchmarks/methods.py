@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 import keras_vera
+from keras_vera import optimizers
 from keras_vera.layers._rates import base_size
 
 RATE_OF_SCALE = 0.05  # Of that of the vectors.
@@ -214,8 +215,8 @@ def optimizer(method, model, own, rate, rest, total_steps):
         # Norms and biases train as the head does.
         return keras_vera.vera_optimizer(rate, rest, total_steps)
     if not own:
-        return _adam(rate, total_steps)
-    by_path = keras.optimizers.OptimizerMap(_adam(rest, total_steps))
+        return optimizers._adam(rate, total_steps)
+    by_path = keras.optimizers.OptimizerMap(optimizers._adam(rest, total_steps))
     factors = {v.path: 1.0 for v in own}
     for adapter in getattr(model, "adapters", []):
         for v in vars(adapter).values():
@@ -223,17 +224,5 @@ def optimizer(method, model, own, rate, rest, total_steps):
                 factors[v.path] = adapter.rate_factor(v)
     for factor in sorted(set(factors.values())):
         paths = [re.escape(path) for path, x in factors.items() if x == factor]
-        by_path["|".join(paths)] = _adam(rate * factor, total_steps)
+        by_path["|".join(paths)] = optimizers._adam(rate * factor, total_steps)
     return keras.optimizers.MultiOptimizer(by_path)
-
-
-def _adam(rate, total_steps):
-    warmup = max(1, round(0.1 * total_steps))
-    return keras.optimizers.Adam(
-        keras.optimizers.schedules.CosineDecay(
-            rate / warmup,
-            max(1, total_steps - warmup),
-            warmup_target=rate,
-            warmup_steps=warmup,
-        )
-    )

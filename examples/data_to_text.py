@@ -286,15 +286,11 @@ better one of two that were tried; that of VeRA is the default.
 if args.lora:
     other = _causal_lm.load(args.preset)
     other.backbone.enable_lora(LORA_RANK, target_layer_names=sorted(adapted))
-    steps = total_steps(train)
-    warmup = max(1, round(0.1 * steps))
-    schedule = keras.optimizers.schedules.CosineDecay(
-        LORA_RATE / warmup,
-        max(1, steps - warmup),
-        warmup_target=LORA_RATE,
-        warmup_steps=warmup,
+    # What is no vector of VeRA trains with `rest`, in the same schedule.
+    optimizer = keras_vera.vera_optimizer(
+        rest=LORA_RATE, total_steps=total_steps(train)
     )
-    seconds = train_on(other, train_arrays, keras.optimizers.Adam(schedule))
+    seconds = train_on(other, train_arrays, optimizer)
     measure(f"LoRA, rank {LORA_RANK}", other, seconds)
     del other
 

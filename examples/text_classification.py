@@ -287,16 +287,10 @@ def total_steps():
 
 
 def adam(learning_rate):
-    """Returns an optimizer with the schedule of `vera_optimizer`."""
-    steps = total_steps()
-    warmup = max(1, round(0.1 * steps))
-    schedule = keras.optimizers.schedules.CosineDecay(
-        learning_rate / warmup,
-        max(1, steps - warmup),
-        warmup_target=learning_rate,
-        warmup_steps=warmup,
+    """Returns Adam with the schedule that the vectors have below."""
+    return keras_vera.vera_optimizer(
+        rest=learning_rate, total_steps=total_steps()
     )
-    return keras.optimizers.Adam(schedule)
 
 
 class EpochTimer(keras.callbacks.Callback):
