@@ -108,19 +108,11 @@ def train(task, run, rest):
     optimizer = ways.optimizer(
         run["method"], model, own, run["rate"], rest, run["steps"]
     )
-    task.compile(model, optimizer)
-    # The same batches for every method.
     size = run["batch_size"]
-    rows = tasks.shuffled(task.train, run["steps"] * size, run["seed"])
-    model.fit(*rows[:2], size, sample_weight=rows[2], shuffle=False, verbose=0)
+    tasks.train(task, model, optimizer, run["steps"], size, run["seed"])
     found = {"numbers": sum(int(np.prod(v.shape)) for v in own)}
-    for prefix, (x, y, weights) in (
-        ("", task.validation),
-        ("test_", task.test),
-    ):
-        measured = model.evaluate(
-            x, y, size, sample_weight=weights, verbose=0, return_dict=True
-        )
+    for prefix, part in (("", task.validation), ("test_", task.test)):
+        measured = tasks.measure(model, part, size)
         found.update({prefix + key: x for key, x in measured.items()})
     return found
 

@@ -1,7 +1,8 @@
 """What an adapter is worth as LoRA of its own rank and of lower ones.
 
-Trains VeRA as two examples do, on all linear layers: the text classifier
-(MiniLM), and the language model that writes sentences from data (SmolLM2).
+Trains VeRA on all linear layers for a task of `benchmarks/tasks.py`, such as
+the text classifier (MiniLM), or the language model that writes sentences from
+data (SmolLM2). Options that are not its own go to the task's example.
 Writes each with `save_peft_adapter(as_lora=...)`, and prints for each rank the
 bytes of the file; the share of the squared norm of the updates that it lacks,
 least, mean and most of all modules; the largest error of an output on a few
@@ -9,13 +10,10 @@ examples, as a share of the largest change that the adapter makes; and how well
 the model does with the updates of the file. Heads are as they were trained.
 
     python benchmarks/lora_ranks.py
-    python benchmarks/lora_ranks.py --tasks docstrings --epochs 1
-    python benchmarks/lora_ranks.py --tasks e2e --steps 30
+    python benchmarks/lora_ranks.py --task e2e --steps 30 --batch_size 8
 """
 
 import argparse
-import contextlib
-import io
 import os
 import pathlib
 import tempfile
@@ -23,7 +21,7 @@ import tempfile
 import keras
 import numpy as np
 import safetensors.numpy
-from tasks import example
+import tasks
 
 import keras_vera
 from keras_vera.layers._in_place import is_adapted
@@ -37,74 +35,33 @@ FEW = 8  # Examples, on which outputs are compared.
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", nargs="+", default=["docstrings", "e2e"])
+    parser.add_argument("--task", default="docstrings", help="or e2e")
     parser.add_argument("--rank", type=int, default=256, help="of VeRA")
-    parser.add_argument("--epochs", type=int, default=3, help="of docstrings")
-    parser.add_argument("--steps", type=int, default=60, help="of e2e")
-    parser.add_argument("--limit", type=int, help="sentences per split")
-    parser.add_argument("--validation", type=int, default=64, help="e2e pairs")
-    parser.add_argument("--preset", help="in the place of SmolLM2")
-    parser.add_argument("--length", type=int, default=96, help="e2e tokens")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--examples", type=int, help="to test with")
     parser.add_argument(
         "--ranks", nargs="+", type=int, default=[128, 64, 32, 16, 8, 1]
     )
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
-def docstrings(args, folder):
-    """Returns a trained text classifier, a few inputs, and its test."""
-    options = ["--epochs", args.epochs, "--output_dir", folder]
-    if args.limit is not None:
-        options += ["--limit", args.limit]
-    names = example("text_classification", options, "## The head alone")
-    model = names["make_classifier"]()
-    keras_vera.enable_vera(
-        model, rank=args.rank, targets="all-linear", structure="blocks"
-    )
-    optimizer = keras_vera.vera_optimizer(total_steps=names["total_steps"]())
-    names["train_and_test"]("VeRA", model, optimizer)
-    x, y = names["x_test"], names["y_test"]
-
-    def quality():
-        found = model.evaluate(x, y, verbose=0, return_dict=True)
-        return f"{found['loss']:.3f}, {found['accuracy']:.1%}"
-
-    return model, {key: value[:FEW] for key, value in x.items()}, quality
-
-
-def e2e(args, folder):
-    """Returns a trained language model, a few inputs, and its test."""
-    pairs = max(args.validation, 8 * args.steps)
-    options = ["--epochs", 1, "--output_dir", folder, "--limit", pairs]
-    options += ["--length", args.length]
-    if args.preset is not None:
-        options += ["--preset", args.preset]
-    names = example("data_to_text", options, "## The model as it is")
-    model = names["lm"]
+def trained(args, options, folder):
+    """Returns a model, a few inputs, and what says how well it does."""
+    task = tasks.load(args.task, folder, options=options)
+    model = task.make_model(0)
     keras_vera.enable_vera(
         model, rank=args.rank, targets="all-linear", structure="blocks"
     )
     optimizer = keras_vera.vera_optimizer(total_steps=args.steps)
-    data = [_first(x, 8 * args.steps) for x in names["train_arrays"]]
-    names["train_on"](model, data, optimizer)
-    x, y, weights = (
-        _first(x, args.validation) for x in names["validation_arrays"]
-    )
+    tasks.train(task, model, optimizer, args.steps, args.batch_size, seed=0)
+    test = tasks.first(task.test, args.examples)
 
     def quality():
-        with names["_causal_lm"].taking_arrays(model):
-            loss = model.evaluate(
-                x, y, sample_weight=weights, batch_size=8, verbose=0
-            )
-        return f"{loss:.3f}"
+        found = tasks.measure(model, test, args.batch_size)
+        return ", ".join(f"{x:.3f}" for _, x in sorted(found.items()))
 
-    return model, _first(x, FEW), quality
-
-
-def _first(x, count):
-    if isinstance(x, dict):
-        return {key: value[:count] for key, value in x.items()}
-    return x[:count]
+    return model, tasks.first(test[0], FEW), quality
 
 
 def in_file(folder, model, modules):
@@ -120,7 +77,7 @@ def in_file(folder, model, modules):
     return {x: (matrix(x, "A"), matrix(x, "B")) for x in modules}
 
 
-def compare(args, name, model, few, quality):
+def compare(args, model, few, quality):
     backbone, family = find_family(model)
     modules = {
         module: layers
@@ -128,7 +85,7 @@ def compare(args, name, model, few, quality):
         if all(is_adapted(layer) for layer in layers)
     }
     exact = {x: lora.module_factors(own) for x, own in modules.items()}
-    print(f"\n{name}, backend {keras.config.backend()}")
+    print(f"{args.task}, backend {keras.config.backend()}")
     print("| | bytes | norm lacking: least, mean, most | output | quality |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -160,14 +117,9 @@ def row(title, path, *cells):
 
 
 def main():
-    args = parse_arguments()
-    for task in args.tasks:
-        with tempfile.TemporaryDirectory() as folder:
-            with contextlib.redirect_stdout(io.StringIO()):
-                trained = {"docstrings": docstrings, "e2e": e2e}[task](
-                    args, folder
-                )
-            compare(args, task, *trained)
+    args, options = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        compare(args, *trained(args, options, folder))
 
 
 if __name__ == "__main__":

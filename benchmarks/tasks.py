@@ -36,8 +36,6 @@ def example(name, options, until):
 class Classifier:
     """A task of an example that trains a new head on a backbone."""
 
-    metrics = ["accuracy"]
-
     def __init__(self, name, options):
         names = example(name, options, "## The head alone")
         self.make_model = names["make_classifier"]
@@ -59,8 +57,6 @@ class LanguageModel:
         arrays: Function from what the example defines to the arrays to
             train, validate and test with.
     """
-
-    metrics = []
 
     def __init__(self, name, options, arrays):
         names = example(name, options, "## The model as it is")
@@ -130,12 +126,31 @@ def load(task, folder, data=None, options=()):
         return Classifier("text_classification", options)
 
 
-def shuffled(arrays, rows, seed):
-    """Returns so many rows of arrays, each of them once, then again."""
-    rng = np.random.default_rng(seed)
-    count = len(arrays[1])
-    order = [rng.permutation(count) for _ in range(-(-rows // count))]
-    order = np.concatenate(order)[:rows]
+def _rows(arrays, order):
     return keras.tree.map_structure(
         lambda array: None if array is None else array[order], arrays
+    )
+
+
+def first(arrays, count):
+    """Returns the first rows of arrays."""
+    return _rows(arrays, slice(count))
+
+
+def train(task, model, optimizer, steps, batch_size, seed):
+    """Trains a model of a task; the same batches for every method."""
+    rng = np.random.default_rng(seed)
+    count, needed = len(task.train[1]), steps * batch_size
+    order = [rng.permutation(count) for _ in range(-(-needed // count))]
+    order = np.concatenate(order)[:needed]
+    task.compile(model, optimizer)
+    x, y, weights = _rows(task.train, order)
+    model.fit(x, y, batch_size, sample_weight=weights, shuffle=False, verbose=0)
+
+
+def measure(model, arrays, batch_size):
+    """Returns the loss, and of a classifier the accuracy, by name."""
+    x, y, weights = arrays
+    return model.evaluate(
+        x, y, batch_size, sample_weight=weights, verbose=0, return_dict=True
     )

@@ -21,6 +21,16 @@ SIZES = dict(
 )
 TEXT = dict(vocab_size=40, max_position_embeddings=32)
 GROUPED = dict(num_key_value_heads=2, head_dim=4)
+LINEAR_ATTENTION = dict(  # Of Qwen 3.5, in one of two blocks.
+    num_key_value_heads=2,
+    head_dim=8,  # A quarter of it turns.
+    linear_key_head_dim=4,
+    linear_value_head_dim=4,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    layer_types=["linear_attention", "full_attention"],
+    tie_word_embeddings=True,
+)
 IMAGE = dict(image_size=16, patch_size=8)
 
 
@@ -265,14 +275,7 @@ FAMILIES = {
         hf.Qwen3_5TextConfig(
             **SIZES,
             **TEXT,
-            num_key_value_heads=2,
-            head_dim=8,  # A quarter of it turns.
-            linear_key_head_dim=4,
-            linear_value_head_dim=4,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            layer_types=["linear_attention", "full_attention"],
-            tie_word_embeddings=True,
+            **LINEAR_ATTENTION,
         ),
         [*DECODER_TARGETS, "in_proj_qkv", "in_proj_a", "out_proj"],
         hf.Qwen3_5ForCausalLM,
@@ -283,14 +286,7 @@ FAMILIES = {
         hf.Qwen3_5MoeTextConfig(
             **{**SIZES, "intermediate_size": None},
             **TEXT,
-            num_key_value_heads=2,
-            head_dim=8,
-            linear_key_head_dim=4,
-            linear_value_head_dim=4,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            layer_types=["linear_attention", "full_attention"],
-            tie_word_embeddings=True,
+            **LINEAR_ATTENTION,
             num_experts=4,
             num_experts_per_tok=2,
             moe_intermediate_size=8,

@@ -79,13 +79,18 @@ def test_evidence_of_texts(tmp_path, small_minilm):
 @pytest.mark.in_turn("torch")
 def test_lora_ranks(tmp_path, small_minilm):
     tiny_causal_lm().save_to_preset(tmp_path / "tiny")
-    output = run(
-        *(FOLDER / "lora_ranks.py", "--rank", "128", "--ranks", "2"),
-        *("--epochs", "1", "--limit", "4", "--steps", "1"),
-        *("--validation", "2", "--preset", tmp_path / "tiny"),
-        *("--length", "208"),
-    )
-    tables = re.findall(r"^\| VeRA [^$]*?\| no adapter .*$", output, re.M)
+    tables = []
+    for sizes in (
+        ["docstrings", "--limit", "4"],
+        ["e2e", "--limit", "4", "--length", "208", "--preset", "tiny"],
+    ):
+        sizes = [tmp_path / x if x == "tiny" else x for x in sizes]
+        output = run(
+            *(FOLDER / "lora_ranks.py", "--rank", "128", "--ranks", "2"),
+            *("--steps", "1", "--batch_size", "4", "--examples", "2"),
+            *("--task", *sizes),
+        )
+        tables += re.findall(r"^\| VeRA [^$]*?\| no adapter .*$", output, re.M)
     assert len(tables) == 2
     for table in tables:
         ours, exact, lower, none = (
