@@ -35,8 +35,10 @@ import methods as ways
 import numpy as np
 import tasks
 
-# Where the search begins.
-RATES = {"head": 0.008, "full": 0.0001, "lora": 0.004, "vera": 0.05}
+from keras_vera import optimizers
+
+# Where the search begins; that of VeRA at the default of `vera_optimizer`.
+RATES = {"head": 0.008, "full": 0.0001, "lora": 0.004}
 SETTING = ["task", "method", "targets", "steps", "batch_size"]
 KEY = [*SETTING, "seed", "rate"]
 
@@ -130,7 +132,9 @@ def best_rate(loss_of, start):
             return best
 
 
-def start_of(method):
+def start_of(method, steps):
+    if method.startswith("vera"):
+        return float(f"{optimizers._default_rate(steps):.3g}")
     return next(x for name, x in RATES.items() if method.startswith(name))
 
 
@@ -200,7 +204,7 @@ def main():
                     losses = {rate: loss_of(rate) for rate in args.rates}
                     rate = min(losses, key=losses.get)
                 else:
-                    rate = best_rate(loss_of, start_of(method))
+                    rate = best_rate(loss_of, start_of(method, args.steps))
                 for seed in range(1, args.seeds):
                     loss_of(rate, seed)
     lines = runs.lines()

@@ -105,7 +105,8 @@ class Server:
         return self
 
     def __exit__(self, *exception):
-        self._process.send_signal(signal.SIGINT)
+        # Processes of a shell's background do not hear of SIGINT.
+        self._process.terminate()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:

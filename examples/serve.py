@@ -257,6 +257,46 @@ def make_replica(args):
     return Replica(make_model(args), args.folder, args.capacity, generates)
 
 
+class Batches:
+    """Puts together what comes while a batch is computed.
+
+    `serve.batch` closes a batch after some milliseconds, whether or not the
+    one before is done, so that under load there were many small ones.
+
+    Args:
+        compute: Function of a list of requests that returns as many answers.
+        size: Integer, the largest batch.
+    """
+
+    def __init__(self, compute, size):
+        self._compute, self._size = compute, size
+        self._waiting, self._turn = [], asyncio.Lock()
+
+    async def answers(self, requests):
+        loop = asyncio.get_running_loop()
+        own = [(request, loop.create_future()) for request in requests]
+        self._waiting += own
+        async with self._turn:
+            # Who came before may have computed them already.
+            while not all(answer.done() for _, answer in own):
+                await self._compute_next()
+        return [answer.result() for _, answer in own]
+
+    async def _compute_next(self):
+        batch = self._waiting[: self._size]
+        self._waiting = self._waiting[self._size :]
+        requests = [request for request, _ in batch]
+        try:
+            # The event loop goes on gathering meanwhile.
+            answers = await asyncio.to_thread(self._compute, requests)
+        except BaseException as error:
+            for _, answer in batch:
+                answer.set_exception(error)
+            raise
+        for (_, answer), found in zip(batch, answers):
+            answer.set_result(found)
+
+
 # ---- Ray Serve.
 
 
@@ -271,11 +311,15 @@ def make_application(args):
         def __init__(self, args):
             self.replica = make_replica(args)
             self.replica.answers([{"user": None, "text": ""}])  # Compiles.
+            self.batches = Batches(self.replica.answers, args.batch)
 
-        @serve.batch(max_batch_size=args.batch, batch_wait_timeout_s=args.wait)
+        @serve.batch(
+            max_batch_size=args.batch,
+            batch_wait_timeout_s=args.wait,
+            max_concurrent_batches=4 * args.batch,
+        )
         async def answers(self, requests):
-            # The event loop goes on gathering meanwhile.
-            return await asyncio.to_thread(self.replica.answers, requests)
+            return await self.batches.answers(requests)
 
         async def __call__(self, request):
             content = await request.body()

@@ -1,8 +1,10 @@
 """The replica of `examples/serve.py`, without a server."""
 
+import asyncio
 import pathlib
 import runpy
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -129,3 +131,36 @@ def test_a_folder_that_is_away(replica, files):
     assert replica.remove("ann")[0] == 503
     folder.with_name("away").rename(folder)
     assert ask(replica, ("ann", TEXTS[0]))[0][0] == replica.health()[0] == 200
+
+
+def test_what_comes_while_a_batch_is_computed_is_the_next(example):
+    computed, may_go = [], threading.Event()
+
+    def compute(requests):
+        assert may_go.wait(60)
+        computed.append(requests)
+        return [f"answer {10 // x}" for x in requests]
+
+    async def ask_all():
+        batches = example["Batches"](compute, 4)
+
+        async def ask(*requests):
+            return await batches.answers(list(requests))
+
+        tasks = [asyncio.create_task(ask(1))]
+        while batches._waiting or not batches._turn.locked():
+            await asyncio.sleep(0)
+        # It is being computed; those come meanwhile.
+        tasks += [asyncio.create_task(ask(x)) for x in (2, 0, 3)]
+        tasks += [asyncio.create_task(ask(5, 10, 1, 2, 5))]
+        while len(batches._waiting) < 8:
+            await asyncio.sleep(0)
+        may_go.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, *failed, last = asyncio.run(ask_all())
+    assert computed == [[1], [2, 0, 3, 5], [10, 1, 2, 5]]
+    assert first == ["answer 10"]
+    # As would be those of a batch of Ray's, whose answer is an exception.
+    assert all(isinstance(error, ZeroDivisionError) for error in failed)
+    assert isinstance(last, ZeroDivisionError)

@@ -273,8 +273,9 @@ class AdapterBank:
         kwargs = {"verbose": 0, **kwargs}
         unread: dict | None = {} if return_exceptions else None
         if return_exceptions:
-            x, refused = rows.readable_inputs(self._base, x)
-        data = data_of(self._base, x, adapters=adapters, has_targets=False)
+            data, refused = rows.readable_data(self._base, x, adapters)
+        else:
+            data = data_of(self._base, x, adapters=adapters, has_targets=False)
         with self._lock:
             if not (return_exceptions or isinstance(data, Batches)):
                 self._register.check_known(data.names)

@@ -3,26 +3,38 @@
 from keras import tree
 
 from keras_vera.bank.batches import is_dataset
+from keras_vera.bank.data import Examples
+from keras_vera.bank.names import count_examples
 from keras_vera.bank.names import has_preprocessor
+from keras_vera.bank.names import names_of
 from keras_vera.bank.names import preprocessed
 
 
-def readable_inputs(model, x):
-    """Returns inputs that `model` takes, and errors by row; see `_readable`."""
+def readable_data(model, x, adapters):
+    """Returns the `Examples` of `AdapterBank.predict`, and errors by row.
+
+    In the place of what cannot be read there is another text, so that there
+    are as many examples as there were.
+    """
     if is_dataset(x):
         raise ValueError(
             "`return_exceptions` is for examples in arrays or lists. "
             f"Received: a {type(x).__name__}"
         )
+    errors = {}
     if isinstance(x, list) and has_preprocessor(model):
-        return _readable(x, lambda texts: preprocessed(model, texts))
-    return x, {}
+        _, errors, data = _readable(x, lambda texts: preprocessed(model, texts))
+    else:
+        data = preprocessed(model, x)
+    return Examples(*data, names_of(adapters, count_examples(data[0]))), errors
 
 
 def readable_prompts(model, prompts):
-    """As `readable_inputs`, of what `generate` takes."""
+    """Returns what `generate` can take, and errors by row."""
     if isinstance(prompts, list) and has_preprocessor(model):
-        return _readable(prompts, model.preprocessor.generate_preprocess)
+        preprocess = model.preprocessor.generate_preprocess
+        prompts, errors, _ = _readable(prompts, preprocess)
+        return prompts, errors
     return prompts, {}
 
 
@@ -34,8 +46,8 @@ def _readable(texts, preprocess):
         preprocess: Function of a list of strings.
 
     Returns:
-        The list with another text in the place of each that is refused, so
-        that it stays as long as it was; and a dict of errors by row.
+        The list with another text in the place of each that is refused; a
+        dict of errors by row; and what `preprocess` makes of the list.
     """
     errors = {}
     for row, text in enumerate(texts):
@@ -48,14 +60,23 @@ def _readable(texts, preprocess):
             errors[row] = ValueError(
                 f"A text must be valid Unicode. Received: {text[:50]!a}"
             )
-    rows = [row for row in range(len(texts)) if row not in errors]
-    if rows:
-        errors.update(_refused(texts, rows, preprocess))
-    good = [row for row in rows if row not in errors]
+    filled = _filled(texts, errors)
+    try:
+        return filled, errors, preprocess(filled)
+    except Exception as error:
+        rows = [row for row in range(len(texts)) if row not in errors]
+        errors.update(_refused(texts, rows, preprocess, error))
+    filled = _filled(texts, errors)
+    return filled, errors, preprocess(filled)
+
+
+def _filled(texts, errors):
+    """Returns texts with a good one in the place of those with an error."""
+    good = [text for row, text in enumerate(texts) if row not in errors]
     return [
-        texts[row] if row not in errors else texts[good[0]] if good else ""
-        for row in range(len(texts))
-    ], errors
+        (*good, "")[0] if row in errors else text
+        for row, text in enumerate(texts)
+    ]
 
 
 def _is_unicode(text):
@@ -66,21 +87,22 @@ def _is_unicode(text):
     return True
 
 
-def _refused(texts, rows, preprocess):
-    """Returns errors by row, found by halves: few are refused, if any."""
-    try:
-        preprocess([texts[row] for row in rows])
-        return {}
-    except Exception as error:
-        if len(rows) == 1:
-            found = ValueError("The preprocessor refuses this text.")
-            found.__cause__ = error
-            return {rows[0]: found}
-    half = len(rows) // 2
-    return {
-        **_refused(texts, rows[:half], preprocess),
-        **_refused(texts, rows[half:], preprocess),
-    }
+def _refused(texts, rows, preprocess, error):
+    """Returns errors by row, of rows of which together came an error.
+
+    They are found by halves, as there are few, if any.
+    """
+    if len(rows) <= 1:
+        found = ValueError("The preprocessor refuses this text.")
+        found.__cause__ = error
+        return dict.fromkeys(rows, found)
+    half, found = len(rows) // 2, {}
+    for part in (rows[:half], rows[half:]):
+        try:
+            preprocess([texts[row] for row in part])
+        except Exception as of_part:
+            found.update(_refused(texts, part, preprocess, of_part))
+    return found
 
 
 def answers(outputs, names, errors_of_rows, errors_of_names):

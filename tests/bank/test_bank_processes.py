@@ -446,15 +446,16 @@ def test_texts_that_a_preprocessor_refuses(bad):
         calls.append(texts)
         if "bad" in texts:
             raise RuntimeError("bad")
+        return texts
 
     texts = ["bad" if row in bad else f"text {row}" for row in range(8)]
-    taken, errors = rows._readable(texts, preprocess)
-    assert sorted(errors) == bad
+    taken, errors, made = rows._readable(texts, preprocess)
+    assert sorted(errors) == bad and made == taken
     assert all("refuses" in str(error) for error in errors.values())
     for row, text in enumerate(texts):
         assert taken[row] == text or row in bad and taken[row] != "bad"
     # By halves, not one by one.
-    assert len(calls) <= 1 + 6 * len(bad)
+    assert len(calls) <= 1 + 7 * len(bad)
 
 
 def test_load_replaces_in_memory(originals, outputs, x):
