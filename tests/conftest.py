@@ -1,4 +1,5 @@
 import collections
+import gc
 import itertools
 import os
 import sys
@@ -91,6 +92,12 @@ def pytest_collection_modifyitems(config, items):
         (kept if ours else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+def pytest_collection_finish(session):
+    # Keras collects garbage after each layer that it quantizes, among all the
+    # objects of the imported modules, which takes a second each time.
+    gc.freeze()
 
 
 def runs_it(item, turns):
