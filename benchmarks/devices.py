@@ -151,6 +151,11 @@ class DataParallelInProcesses(DataParallel):
 
 class ModelParallelInProcesses(ModelParallel):
     vars().update(TWO_PROCESSES)
+    cannot = dict.fromkeys(
+        ["predict", "bank_predict"],
+        "A limit of Keras: logits are cut over the processes, as the "
+        "vocabulary is. Losses, tokens and files are compared in this column.",
+    )
 
 
 class MirroredStrategy(OneDevice):
