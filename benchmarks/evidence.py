@@ -5,7 +5,9 @@ steps. Its rate is searched on the validation data, with one seed, by factors
 of 2, until the best is not the last in a row; the other seeds train with the
 best one. Each run appends a line of JSON to a file, and what the file has is
 not trained again, so that the script may be stopped at any time, and asked for
-more later or on another machine. Ends with two tables of all in the file.
+more later or on another machine. Ends with two tables of all in the file, and
+with `--figure` a figure of accuracies against trained numbers. No `--methods`:
+nothing is trained.
 Options that are not its own go to the task's example, such as `--limit`.
 
 Rates of the head are those of `--rest` for all, and searched for the head
@@ -38,7 +40,7 @@ import tasks
 from keras_vera import optimizers
 
 # Where the search begins; that of VeRA at the default of `vera_optimizer`.
-RATES = {"head": 0.008, "full": 0.0001, "lora": 0.004}
+RATES = {"head": 0.008, "full": 0.0001, "lora": 0.001}
 SETTING = ["task", "method", "targets", "steps", "batch_size"]
 KEY = [*SETTING, "seed", "rate"]
 
@@ -46,11 +48,12 @@ KEY = [*SETTING, "seed", "rate"]
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", required=True, help="file of JSON lines")
+    parser.add_argument("--figure", help="where to draw accuracies, an SVG")
     parser.add_argument("--data", help="a folder with `sst2` in it")
     parser.add_argument("--tasks", nargs="+", default=["docstrings"])
     parser.add_argument(
         "--methods",
-        nargs="+",
+        nargs="*",
         default=[
             *("head", "full", "lora1", "lora4", "lora8", "lora32"),
             *("vera256", "vera256-blocks", "vera1024-blocks"),
@@ -147,6 +150,20 @@ def settings_of(lines):
         )
 
 
+def at_best_rates(lines):
+    """Yields each setting with its lines of the best rate, one a seed."""
+    for setting, same in settings_of(lines):
+        swept = [x for x in same if x["seed"] == 0]
+        if swept:
+            rate = min(swept, key=lambda x: x["loss"])["rate"]
+            yield setting, [x for x in same if x["rate"] == rate]
+
+
+def mean_and_ends(seeds, name):
+    values = [x[name] for x in seeds]
+    return np.mean(values), min(values), max(values)
+
+
 def table(lines):
     """Yields a line for each method of each task: seeds at its best rate."""
     yield (
@@ -154,23 +171,16 @@ def table(lines):
         "| test accuracy | test loss |"
     )
     yield "|---" * 8 + "|"
-    for (task, method, targets, steps, size), same in settings_of(lines):
-        swept = [x for x in same if x["seed"] == 0]
-        if not swept:
-            continue
-        rate = min(swept, key=lambda x: x["loss"])["rate"]
-        seeds = [x for x in same if x["rate"] == rate]
+    for (task, method, targets, steps, size), seeds in at_best_rates(lines):
         shown = [
-            f"{np.mean([x[name] for x in seeds]):.4f} "
-            f"({min(x[name] for x in seeds):.4f} to "
-            f"{max(x[name] for x in seeds):.4f})"
+            "{:.4f} ({:.4f} to {:.4f})".format(*mean_and_ends(seeds, name))
             if name in seeds[0]
             else ""
             for name in ("test_accuracy", "test_loss")
         ]
         yield (
             f"| {task}, {steps} x {size} | {method} | {targets} | "
-            f"{seeds[0]['numbers']:,} | {rate:g} | {len(seeds)} | "
+            f"{seeds[0]['numbers']:,} | {seeds[0]['rate']:g} | {len(seeds)} | "
             + " | ".join(shown)
             + " |"
         )
@@ -184,6 +194,57 @@ def by_rate(lines):
         losses = {x["rate"]: x["loss"] for x in same if x["seed"] == 0}
         shown = ", ".join(f"{x:g}: {losses[x]:.3f}" for x in sorted(losses))
         yield f"| {task}, {steps} x {size} | {method} | {targets} | {shown} |"
+
+
+def draw(lines, output):
+    """Draws accuracies against trained numbers, a panel for each task."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.fonttype"] = "none"
+    plt.rcParams["svg.hashsalt"] = "keras_vera"
+    found = [x for x in at_best_rates(lines) if "test_accuracy" in x[1][0]]
+    names = list(dict.fromkeys(setting[0] for setting, _ in found))
+    figure, panels = plt.subplots(
+        1,
+        len(names),
+        figsize=(5 * len(names), 4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for name, axes in zip(names, panels[0], strict=True):
+        points = {"lora": [], "vera": [], "full": []}
+        for (task, method, *_), seeds in found:
+            mean, low, high = mean_and_ends(seeds, "test_accuracy")
+            if task == name and method == "head":
+                axes.axhline(mean, color="gray", linestyle=":")
+                axes.text(
+                    0, mean, " head", transform=axes.get_yaxis_transform()
+                )
+            elif task == name:
+                point = seeds[0]["numbers"], mean, mean - low, high - mean
+                points[method[:4]].append(point)
+                axes.annotate(
+                    method,
+                    point[:2],
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+        for kind, of_kind in points.items():
+            if of_kind:
+                x, y, low, high = zip(*sorted(of_kind), strict=True)
+                line = "-" if kind == "lora" else ""
+                axes.errorbar(
+                    x, y, (low, high), fmt="o" + line, capsize=2, label=kind
+                )
+        axes.set_xscale("log")
+        axes.set_xlabel("trained numbers, without the head")
+        axes.set_ylabel("test accuracy: mean, least and most of the seeds")
+        axes.set_title(name)
+    figure.savefig(output, metadata={"Date": None})
 
 
 def main():
@@ -208,6 +269,8 @@ def main():
                 for seed in range(1, args.seeds):
                     loss_of(rate, seed)
     lines = runs.lines()
+    if args.figure:
+        draw(lines, args.figure)
     print("\n".join([*table(lines), "", *by_rate(lines)]))
 
 

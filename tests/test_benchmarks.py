@@ -126,7 +126,8 @@ def test_evidence(tmp_path):
     digits = "--tasks", "digits", "--limit", "8", "--steps", "3", "--methods"
     evidence(tmp_path, *digits, "vera8")
     methods = "vera8 vera8-groups1 vera8-groups4 vera8-scale lora2 head".split()
-    lines, _ = evidence(tmp_path, *digits, *methods)
+    figure = tmp_path / "figure.svg"
+    lines, _ = evidence(tmp_path, *digits, *methods, "--figure", figure)
     # What was there is not trained again.
     assert [line["method"] for line in lines] == methods
     found = {line["method"]: line for line in lines}
@@ -139,6 +140,8 @@ def test_evidence(tmp_path):
     assert found["vera8-groups4"]["numbers"] == 4 * 24 * 8 + vectors
     assert found["vera8-scale"]["numbers"] == 24 * 8 + 2 * vectors
     assert found["lora2"]["numbers"] == 2 * (16 * 2 * 64 + 8 * (256 + 64))
+    drawn = re.findall(r"<text [^>]*>(.*?)</text>", figure.read_text())
+    assert {x.strip() for x in drawn} >= {"digits", *methods}
 
 
 def test_plans(tmp_path):

@@ -37,8 +37,20 @@ def fit_one_step(task, case):
     task.fit(x, y, epochs=1, verbose=0)
 
 
-@pytest.mark.in_turn
-@pytest.mark.parametrize("name", CASES)
+# It compiles for half a minute elsewhere.
+LONG = {"seq2seq lm"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.in_turn(*["torch"] if name in LONG else []),
+        )
+        for name in CASES
+    ],
+)
 def test_task(name, tmp_path):
     case = CASES[name]
     task, fresh = make_task(case), make_task(case)
