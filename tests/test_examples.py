@@ -130,16 +130,16 @@ def check_files(folder, *pictures, adapters=2):
     assert len(list(folder.glob("*.vera.safetensors"))) == adapters
 
 
-# The first two are those of JAX and TensorFlow, which compile the language
-# models for long.
+# The first two are those of JAX and TensorFlow, which compile others for long;
+# the second has a process of its own, on JAX.
 RUNS = [
-    image_classification,
     one_base_many_users,
+    multi_device,
     instruction_tuning,
     data_to_text,
+    image_classification,
     image_classification_resnet,
     text_classification,
-    multi_device,
 ]
 
 

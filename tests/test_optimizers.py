@@ -196,6 +196,7 @@ def test_the_size_of_a_base(number, scale):
     assert np.log2(base_size(layer)) % 1 == 0
 
 
+@pytest.mark.members_in_turn
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("number", [0, 1, 2, 5])
 def test_quantization_leaves_the_size(number, mode):

@@ -40,8 +40,10 @@ NAMES = sorted(
 )
 # JAX and TensorFlow compile them for long.
 LONG = {
+    "FluxBackbone",
     "HGNetV2Backbone",
     "MoonshineBackbone",
+    "StableDiffusion3Backbone",
     "T5Backbone",
     "T5Backbone:gated",
     "WhisperBackbone",

@@ -30,9 +30,9 @@ def x(rng):
 
 @pytest.fixture
 def cycles(request):
-    """30, or where they compile for long, until the second that does all."""
+    """30, or 10 where they compile for long; the first does all."""
     is_short = backend() != "torch" and not request.config.option.all
-    return range(11 if is_short else 30)
+    return range(10 if is_short else 30)
 
 
 @pytest.fixture
