@@ -40,6 +40,7 @@ NAMES = sorted(
 )
 # JAX and TensorFlow compile them for long.
 LONG = {
+    "BASNetBackbone",
     "FluxBackbone",
     "HGNetV2Backbone",
     "MoonshineBackbone",
