@@ -70,6 +70,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("all" if config.option.all else "short")
+    if BACKEND == "tensorflow" and not config.option.all:
+        import tensorflow as tf
+
+        # As for XLA above: most graphs run once or twice.
+        options = {"disable_meta_optimizer": True}
+        tf.config.optimizer.set_experimental_options(options)
     for line in (
         "in_turn(backend): takes long or depends little on the backend. Each "
         "is run by one of the three backends, by the named one or most by "
