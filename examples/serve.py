@@ -280,7 +280,7 @@ class Batches:
             # Who came before may have computed them already.
             while not all(answer.done() for _, answer in own):
                 await self._compute_next()
-        return [answer.result() for _, answer in own]
+        return await asyncio.gather(*(answer for _, answer in own))
 
     async def _compute_next(self):
         batch = self._waiting[: self._size]
@@ -292,9 +292,9 @@ class Batches:
         except BaseException as error:
             for _, answer in batch:
                 answer.set_exception(error)
-            raise
-        for (_, answer), found in zip(batch, answers):
-            answer.set_result(found)
+        else:
+            for (_, answer), found in zip(batch, answers):
+                answer.set_result(found)
 
 
 # ---- Ray Serve.

@@ -270,7 +270,6 @@ class AdapterBank:
             those of each example, or its exception.
         """
         check_integer("batch_size", batch_size, 1)
-        kwargs = {"verbose": 0, **kwargs}
         unread: dict | None = {} if return_exceptions else None
         if return_exceptions:
             data, refused = rows.readable_data(self._base, x, adapters)

@@ -93,6 +93,12 @@ class Batches:
             yield tree.map_structure(as_numpy, named(batch))
 
 
+def examples_of(x, y, sample_weight, adapters):
+    """Returns the `Examples` of arrays, with their names checked."""
+    names = names_of(adapters, count_examples(x))
+    return Examples(x, y, sample_weight, names)
+
+
 def data_of(
     model, x, y=None, sample_weight=None, adapters=None, has_targets=True
 ):
@@ -104,9 +110,7 @@ def data_of(
         has_targets: Boolean, whether batches must have targets.
     """
     if not is_dataset(x):
-        x, y, sample_weight = preprocessed(model, x, y, sample_weight)
-        names = names_of(adapters, count_examples(x))
-        return Examples(x, y, sample_weight, names)
+        return examples_of(*preprocessed(model, x, y, sample_weight), adapters)
     if y is not None or sample_weight is not None:
         raise ValueError(
             "`y` and `sample_weight` must be parts of the batches of a "

@@ -25,6 +25,7 @@ def outputs_of(model, slots, data, batch_size, errors, kwargs):
     Returns:
         NumPy arrays in the structure of the model's outputs.
     """
+    kwargs = {"verbose": 0, **kwargs}
     if not isinstance(data, Batches):
         bring = functools.partial(slots.bring, errors=errors)
         outputs = []

@@ -3,10 +3,9 @@
 from keras import tree
 
 from keras_vera.bank.batches import is_dataset
-from keras_vera.bank.data import Examples
-from keras_vera.bank.names import count_examples
+from keras_vera.bank.data import data_of
+from keras_vera.bank.data import examples_of
 from keras_vera.bank.names import has_preprocessor
-from keras_vera.bank.names import names_of
 from keras_vera.bank.names import preprocessed
 
 
@@ -21,12 +20,10 @@ def readable_data(model, x, adapters):
             "`return_exceptions` is for examples in arrays or lists. "
             f"Received: a {type(x).__name__}"
         )
-    errors = {}
     if isinstance(x, list) and has_preprocessor(model):
         _, errors, data = _readable(x, lambda texts: preprocessed(model, texts))
-    else:
-        data = preprocessed(model, x)
-    return Examples(*data, names_of(adapters, count_examples(data[0]))), errors
+        return examples_of(*data, adapters), errors
+    return data_of(model, x, adapters=adapters), {}
 
 
 def readable_prompts(model, prompts):
@@ -72,11 +69,9 @@ def _readable(texts, preprocess):
 
 def _filled(texts, errors):
     """Returns texts with a good one in the place of those with an error."""
-    good = [text for row, text in enumerate(texts) if row not in errors]
-    return [
-        (*good, "")[0] if row in errors else text
-        for row, text in enumerate(texts)
-    ]
+    good = (text for row, text in enumerate(texts) if row not in errors)
+    other = next(good, "")
+    return [other if row in errors else text for row, text in enumerate(texts)]
 
 
 def _is_unicode(text):

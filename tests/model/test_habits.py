@@ -116,7 +116,7 @@ cases = hypothesis.given(recipe=habit_models.recipes(), actions=SEQUENCES)
 @pytest.mark.skipif(MINUTES > 0, reason="`HABITS_MINUTES` runs more.")
 @hypothesis.settings(
     # JAX compiles every operation of every model.
-    max_examples={"torch": 12, "tensorflow": 4, "jax": 2}[BACKEND],
+    max_examples={"torch": 12, "tensorflow": 6, "jax": 2}[BACKEND],
     # Hypothesis shrinks for minutes; the hour's run has a way of its own.
     phases=[hypothesis.Phase.generate],
 )

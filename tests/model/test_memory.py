@@ -10,13 +10,13 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from helpers import backend
 from helpers import spoil
 
 import keras_vera
 from keras_vera.product import projection
 
 SIZE = 4
+CYCLES = 30
 
 
 def make_base():
@@ -26,13 +26,6 @@ def make_base():
 @pytest.fixture
 def x(rng):
     return rng.normal(size=(4, SIZE)).astype("float32")
-
-
-@pytest.fixture
-def cycles(request):
-    """30, or 10 where they compile for long; the first does all."""
-    is_short = backend() != "torch" and not request.config.option.all
-    return range(10 if is_short else 30)
 
 
 @pytest.fixture
@@ -61,7 +54,7 @@ def use(model, x, y, cycle):
     """
     if not model.compiled:
         # XLA takes long, and keeps nothing of a model.
-        jit = backend() == "jax"
+        jit = keras.backend.backend() == "jax"
         optimizer = keras.optimizers.SGD(momentum=0.9)
         model.compile(optimizer, "mse", jit_compile=jit)
     if cycle % 10 == 0:
@@ -91,9 +84,9 @@ def living(references):
     return sum(reference() is not None for reference in references)
 
 
-def test_models_that_are_gone_leave_nothing(x, count, cycles):
+def test_models_that_are_gone_leave_nothing(x, count):
     references = []
-    for cycle in cycles:
+    for cycle in range(CYCLES):
         model = make_base()
         enable(model)
         use(model, x, x, cycle)
@@ -104,12 +97,12 @@ def test_models_that_are_gone_leave_nothing(x, count, cycles):
     assert count() == 0
 
 
-def test_cycles_on_one_model_leave_the_base(x, count, cycles, tmp_path):
+def test_cycles_on_one_model_leave_the_base(x, count, tmp_path):
     model = make_base()
     path = tmp_path / "a.vera.safetensors"
     base = [np.array(w) for w in model.get_weights()]
     references = []
-    for cycle in cycles:
+    for cycle in range(CYCLES):
         if cycle % 2 == 0:
             enable(model)
             keras_vera.save_adapter(model, path)
@@ -130,9 +123,9 @@ def test_cycles_on_one_model_leave_the_base(x, count, cycles, tmp_path):
     assert count() == 0
 
 
-def test_banks_that_are_gone_leave_nothing(x, count, cycles):
+def test_banks_that_are_gone_leave_nothing(x, count):
     references = []
-    for cycle in cycles:
+    for cycle in range(CYCLES):
         model = make_base()
         enable(model)
         bank = keras_vera.AdapterBank(model, capacity=2)
