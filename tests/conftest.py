@@ -83,11 +83,15 @@ def pytest_configure(config):
         "given.",
         "members_in_turn: each backend runs the first of the parameters of a "
         "test; the others are in turn.",
+        "eager: is not about graphs, so that TensorFlow makes none, unless "
+        "`--all` is given.",
     ):
         config.addinivalue_line("markers", line)
 
 
 def pytest_collection_modifyitems(config, items):
+    # The longest first, or one process would end alone with them.
+    items.sort(key=lambda item: item.path.name != "test_benchmarks.py")
     named = any("::" in argument for argument in config.args)
     if named or config.option.all:
         return
@@ -98,12 +102,6 @@ def pytest_collection_modifyitems(config, items):
         (kept if ours else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
-
-
-def pytest_collection_finish(session):
-    # Keras collects garbage after each layer that it quantizes, among all the
-    # objects of the imported modules, which takes a second each time.
-    gc.freeze()
 
 
 def runs_it(item, turns):
@@ -132,6 +130,14 @@ def whose(number, turns):
     return turns[(number + number // len(turns)) % len(turns)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen_objects():
+    # Keras collects garbage after each layer that it quantizes, among all the
+    # objects of the imported modules, which takes a second each time.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     keras.utils.set_random_seed(0)
@@ -142,6 +148,19 @@ def plan(request):
     """Runs a test with every form; small models would all be additive."""
     with plans.forced(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=BACKEND == "tensorflow")
+def run_eagerly(request):
+    eager = request.node.get_closest_marker("eager")
+    if eager is None or request.config.option.all:
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

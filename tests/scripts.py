@@ -2,10 +2,14 @@
 
 import contextlib
 import io
+import os
+import pathlib
 import runpy
 import string
 import sys
 
+import keras
+import numpy as np
 import pytest
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -30,6 +34,21 @@ def run(script, *arguments):
     return printed.getvalue()
 
 
+def environment(*folders, **variables):
+    """Returns that of a process without TensorFlow, unless it is the backend.
+
+    Args:
+        *folders: Further ones to import from.
+        **variables: Further ones of the environment.
+    """
+    variables = {**os.environ, **variables}
+    if variables.get("KERAS_BACKEND", keras.backend.backend()) != "tensorflow":
+        folders = pathlib.Path(__file__).parent / "without_tensorflow", *folders
+    found = variables.get("PYTHONPATH")
+    folders = [*map(str, folders), *([found] if found else [])]
+    return {**variables, "PYTHONPATH": os.pathsep.join(folders)}
+
+
 @pytest.fixture
 def small_minilm(monkeypatch):
     """A small model in the place of MiniLM; its words are letters."""
@@ -46,6 +65,11 @@ def small_minilm(monkeypatch):
             intermediate_dim=16,
             max_sequence_length=32,
         )
+        # The same each time, as what is pretrained is.
+        rng = np.random.default_rng(0)
+        for weight in backbone.weights:
+            if len(weight.shape) > 1:
+                weight.assign(rng.normal(0, 0.1, weight.shape))
         return models.BertTextClassifier(
             backbone, num_classes=num_classes, preprocessor=preprocessor
         )

@@ -8,7 +8,7 @@ from keras import ops
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 
 def make_model(targets="all-linear"):

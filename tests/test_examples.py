@@ -146,7 +146,7 @@ RUNS = [
 @pytest.mark.in_turn
 @pytest.mark.parametrize("check", RUNS, ids=lambda x: x.__name__)
 def test_example(check, tmp_path, request):
-    if check is one_base_many_users:
+    if check in (one_base_many_users, text_classification):
         request.getfixturevalue("small_minilm")
     check(tmp_path)
 

@@ -12,6 +12,8 @@ import keras_vera
 from keras_vera.layers._rates import base_size
 from keras_vera.layers._rates import rate_factor
 
+pytestmark = pytest.mark.eager
+
 RATE = 1e-2
 REST_RATE = 3e-3
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 NAMES = [f"user{i}" for i in range(8)]
 

@@ -15,6 +15,7 @@ import banks
 import keras
 import numpy as np
 import pytest
+import scripts
 from banks import ROUNDING
 from banks import alone
 from banks import compile_bank
@@ -556,7 +557,9 @@ def test_writers_that_are_killed(tmp_path):
         pytest.skip("Windows has no `fork`.")
     script = pathlib.Path(__file__).parent / "folder_killed.py"
     output = subprocess.check_output(
-        [sys.executable, script, tmp_path, "0"], text=True
+        [sys.executable, script, tmp_path, "0"],
+        text=True,
+        env=scripts.environment(),
     )
     counts = [int(x) for x in re.findall(r"\d+", output)]
     killed, both, there, changed, left = counts

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import scripts
+
 _FOLDER = pathlib.Path(__file__).parent
 # Two processes on few cores may take long to meet.
 _LIMIT = 600
@@ -33,7 +35,7 @@ def run(script, *arguments, processes=1, **environment):
         subprocess.Popen(
             [sys.executable, script, *map(str, (*start, *arguments))],
             cwd=_FOLDER,
-            env={**os.environ, **environment},
+            env=scripts.environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import keras
 import numpy as np
 import pytest
+import scripts
 from adapter_files import read
 from adapter_files import write
 from helpers import adapted
@@ -24,7 +25,7 @@ from keras import ops
 import keras_vera
 from keras_vera import AdapterFileError
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 # Where this file and the helpers of all tests are.
 TESTS = pathlib.Path(__file__).parents[:2]
@@ -304,15 +305,10 @@ def test_other_backends_give_the_same_outputs(x, tmp_path, other):
             np.save(f"{structure}.npy", y)
         """
     )
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": other,
-        "PYTHONPATH": os.pathsep.join(map(str, TESTS)),
-    }
     subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
-        env=environment,
+        env=scripts.environment(*TESTS, KERAS_BACKEND=other),
         check=True,
     )
     for structure, model in models.items():

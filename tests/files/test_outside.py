@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 
 @keras.saving.register_keras_serializable(package="test_outside")

@@ -14,7 +14,7 @@ import keras_vera
 from keras_vera import AdapterFileError
 from keras_vera import __main__ as command
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 
 def make_model(classes=3):

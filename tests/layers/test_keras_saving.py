@@ -10,6 +10,7 @@ import textwrap
 import keras
 import numpy as np
 import pytest
+import scripts
 from helpers import adapted
 from helpers import largest_difference
 from helpers import numpy_weights
@@ -18,7 +19,7 @@ from helpers import spoil
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 
 def make_model(seed=0, units=6, **kwargs):
@@ -89,7 +90,12 @@ def test_keras_file_loads_without_this_package(tmp_path, x):
         assert abs(model.predict(x, verbose=0) - y).max() < 1e-5
         """
     )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        check=True,
+        env=scripts.environment(),
+    )
 
 
 def test_compiled_model_with_as_many_base_variables_loads(tmp_path, rng):

@@ -15,7 +15,7 @@ import keras_vera
 from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._fingerprint import kernel_fingerprint
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 L = keras.layers
 

@@ -14,7 +14,7 @@ from keras import ops
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 
 class Block(keras.layers.Layer):

@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import scripts
 from helpers import adapted
 from helpers import largest_difference
 from helpers import numpy_weights
@@ -18,7 +19,7 @@ from keras import ops
 import keras_vera
 from keras_vera import _keras
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 DECAY = 0.5
 RATE = 0.1
@@ -142,7 +143,9 @@ model.layers[0].vera_lambda_b.assign(np.ones(3))
 assert abs(model.predict(x, verbose=0) - base).max() > 1e-2
 assert gc.get_freeze_count() > 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=scripts.environment()
+    )
 
 
 # ---- Optimizers start again, and are what they were.

@@ -14,7 +14,7 @@ from helpers import state
 import keras_vera
 from keras_vera import AdapterFileError
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 
 def make_model(seed=0):
