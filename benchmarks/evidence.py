@@ -237,13 +237,19 @@ def draw(lines, output):
             if of_kind:
                 x, y, low, high = zip(*sorted(of_kind), strict=True)
                 line = "-" if kind == "lora" else ""
-                axes.errorbar(
-                    x, y, (low, high), fmt="o" + line, capsize=2, label=kind
-                )
+                axes.errorbar(x, y, (low, high), fmt="o" + line, capsize=2)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
+        axes.margins(x=0.2)  # Names are beside their points.
         axes.set_xlabel("trained numbers, without the head")
-        axes.set_ylabel("test accuracy: mean, least and most of the seeds")
         axes.set_title(name)
+    panels[0, 0].set_ylabel("test accuracy: mean, least and most of the seeds")
+    # A point is as high in each panel.
+    ends = [axes.get_ylim() for axes in panels[0]]
+    height = max(high - low for low, high in ends)
+    for axes, (low, high) in zip(panels[0], ends, strict=True):
+        middle = (low + high) / 2
+        axes.set_ylim(middle - height / 2, middle + height / 2)
     figure.savefig(output, metadata={"Date": None})
 
 

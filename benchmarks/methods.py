@@ -37,8 +37,8 @@ class Reparametrized(keras.Model):
         for number, adapter in enumerate(adapters):
             # Optimizers go by paths.
             adapter.make_weights(
-                lambda *args, name, number=number: self.add_weight(
-                    *args, name=f"{name}_{number}"
+                lambda *args, name, number=number, **options: self.add_weight(
+                    *args, name=f"{name}_{number}", **options
                 )
             )
         self.built = True
@@ -98,6 +98,16 @@ class Groups(Adapter):
         start = keras.initializers.Constant(0.1)
         self.d = add_weight(shape, start, name="adapter_d")
         self.b = add_weight((self.contraction.n,), "zeros", name="adapter_b")
+        # As weights: XLA takes minutes over constants of this size.
+        for name in ("a", "b_matrix"):
+            value = getattr(self, name)
+            weight = add_weight(
+                value.shape,
+                lambda shape, dtype, value=value: ops.cast(value, dtype),
+                trainable=False,
+                name=name,
+            )
+            setattr(self, name, weight)
 
     def rate_factor(self, variable):
         return self.size if variable is self.b else 1.0
