@@ -132,8 +132,8 @@ def whose(number, turns):
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_objects():
-    # Keras collects garbage after each layer that it quantizes, among all the
-    # objects of the imported modules, which takes a second each time.
+    # Keras collects garbage after each layer that it quantizes. That takes a
+    # second each time among all that modules and earlier tests have made.
     gc.collect()
     gc.freeze()
 
