@@ -1,7 +1,6 @@
 """The benchmarks run, at a tiny size."""
 
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -9,6 +8,7 @@ import sys
 
 import pytest
 from helpers import backend
+from scripts import environment
 from scripts import run
 from test_examples import tiny_causal_lm
 
@@ -27,7 +27,7 @@ def test_step(tmp_path):
             *("--targets", "qv", "--rounds", "2", *sizes),
             *("--methods", *methods, "--output_dir", tmp_path),
         ],
-        env={**os.environ, "MPLBACKEND": "agg"},
+        env=environment(MPLBACKEND="agg"),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -220,13 +220,10 @@ def test_folder():
 
 
 def test_serve():
-    output = subprocess.check_output(
-        [
-            *(sys.executable, FOLDER / "serve.py", "--server", "plain"),
-            *("--requests", "160", "--in_flight", "4", "--users", "8"),
-            *("--adapters", "10", "--distinct", "2", "--rounds", "8"),
-        ],
-        text=True,
+    output = run(
+        *(FOLDER / "serve.py", "--server", "plain"),
+        *("--requests", "160", "--in_flight", "4", "--users", "8"),
+        *("--adapters", "10", "--distinct", "2", "--rounds", "8"),
     )
     counts = dict(re.findall(r"'([\w ]+)': (\d+)", output))
     assert counts["all"] == "160" and counts["WRONG"] == "0"

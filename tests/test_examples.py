@@ -130,21 +130,29 @@ def check_files(folder, *pictures, adapters=2):
     assert len(list(folder.glob("*.vera.safetensors"))) == adapters
 
 
-# The first two are those of JAX and TensorFlow, which compile others for long;
-# the second has a process of its own, on JAX.
-RUNS = [
-    one_base_many_users,
-    multi_device,
-    instruction_tuning,
-    data_to_text,
-    image_classification,
-    image_classification_resnet,
-    text_classification,
-]
+# PyTorch generates and JAX compiles for long. `multi_device` has a process of
+# its own, on JAX.
+RUNS = {
+    "jax": [one_base_many_users, instruction_tuning],
+    "tensorflow": [multi_device],
+    "torch": [
+        data_to_text,
+        image_classification,
+        image_classification_resnet,
+        text_classification,
+    ],
+}
 
 
-@pytest.mark.in_turn
-@pytest.mark.parametrize("check", RUNS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, marks=pytest.mark.in_turn(backend))
+        for backend, checks in RUNS.items()
+        for check in checks
+    ],
+    ids=lambda check: check.__name__,
+)
 def test_example(check, tmp_path, request):
     if check in (one_base_many_users, text_classification):
         request.getfixturevalue("small_minilm")

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 NAMES = ["ann", "bob", "eve"]
 MIXED = ["bob", None, "ann", "eve", "bob", "ann"]
@@ -137,6 +137,7 @@ def test_dtypes(tmp_path, x, dtype):
     assert largest_difference(found, expected) < tolerance
 
 
+@pytest.mark.eager(False)
 @pytest.mark.parametrize("family", ["bert", "roberta", "vit", "gemma"])
 def test_kerashub(tmp_path, family):
     task = make_task(family)
@@ -193,6 +194,7 @@ def test_half_floats(tmp_path, full_bank):
     assert {v.dtype for v in load_file(path).values()} == {np.dtype("float16")}
 
 
+@pytest.mark.eager(False)
 def test_growing_keeps_adapters(files, x, outputs):
     bank = make_bank(files)
     with pytest.raises(ValueError, match="full, with 3 adapters"):
@@ -370,6 +372,7 @@ def test_ids_without_adapter_in_an_eager_call(bank_with_gaps, x):
         bank_with_gaps.model([x, np.array(BAD_IDS)])
 
 
+@pytest.mark.eager(False)
 def test_ids_without_adapter_in_data_sets(bank_with_gaps, outputs, x):
     model = bank_with_gaps.model
     compile_bank(bank_with_gaps, keras.optimizers.Adam(0.1))
@@ -389,6 +392,7 @@ def test_ids_without_adapter_in_data_sets(bank_with_gaps, outputs, x):
     assert largest_difference(found[BAD], base) < ROUNDING
 
 
+@pytest.mark.eager(False)
 @pytest.mark.skipif(backend() == "torch", reason="ids always have a value")
 def test_ids_without_adapter_in_a_function_of_the_user(
     bank_with_gaps, outputs, x
@@ -445,6 +449,7 @@ def as_grain_data(x, ids, y):
     return grain.MapDataset.source(rows).batch(4)
 
 
+@pytest.mark.eager(False)
 @pytest.mark.parametrize("make", [as_tf_data, as_torch_data, as_grain_data])
 def test_data_pipelines(files, outputs, x, make):
     y = np.arange(6) % banks.CLASSES

@@ -14,7 +14,7 @@ from keras import ops
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 ADAPTERS = ["b", None, "a", "b"]
 SAMPLERS = {
@@ -132,6 +132,7 @@ def test_speculative_sampler(tmp_path):
     np.testing.assert_array_equal(found, np.stack(expected))
 
 
+@pytest.mark.eager(False)
 def test_no_adapter_is_compiled_in(tmp_path, monkeypatch):
     task, bank = make_bank("gemma", tmp_path)
     task.compile(sampler="greedy")
@@ -159,6 +160,7 @@ def test_no_adapter_is_compiled_in(tmp_path, monkeypatch):
     assert_rows_are_alone(task, bank, tmp_path, prompt)
 
 
+@pytest.mark.eager(False)
 def test_texts(tmp_path):
     """Strings in, strings out, as with the model itself."""
     vocabulary = ["<|endoftext|>", *"abcdefghijk", "ab"]

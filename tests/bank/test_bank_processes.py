@@ -36,7 +36,7 @@ from keras_vera import AdapterFileError
 from keras_vera.bank import rows
 from keras_vera.files import disk
 
-pytestmark = pytest.mark.in_turn
+pytestmark = [pytest.mark.in_turn, pytest.mark.eager]
 
 NAMES = ["ann", "bob", "eve", "zoe"]
 ENDING = ".vera.safetensors"

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import keras_vera
 
-pytestmark = pytest.mark.members_in_turn
+pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
 NAMES = ["ann", "bob", "eve"]
 MIXED = ["bob", "ann", "bob", "bob", "ann", None]
@@ -119,6 +119,7 @@ def test_mixed_is_alone(files, data, tmp_path, name):
         np.testing.assert_array_equal(value, old)
 
 
+@pytest.mark.eager(False)
 @pytest.mark.parametrize(
     "mode",
     # `torch.compile` gives the same, but takes minutes.
@@ -223,6 +224,7 @@ def test_a_new_adapter_has_no_moments_of_an_old_one(files, data, tmp_path):
         assert largest_difference(value, found[key]) < 1e-6, key
 
 
+@pytest.mark.eager(False)
 @pytest.mark.parametrize("name", ["adam", "vera", "loss scale"])
 def test_growing_keeps_moments(files, data, name):
     small, large = make_bank(files), make_bank(files, capacity=5)

@@ -16,7 +16,7 @@ from test_bank_training import entries
 import keras_vera
 from keras_vera.callbacks import BestAdapters
 
-pytestmark = pytest.mark.in_turn
+pytestmark = [pytest.mark.in_turn, pytest.mark.eager]
 
 NAMES = ["ann", "bob", "eve"]
 EPOCHS = 8

@@ -13,6 +13,8 @@ import keras_vera
 tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2
 )
+# Graphs run once or twice.
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 x, y = tiny_model.x, tiny_model.y
 folder = sys.argv[1]

@@ -57,6 +57,9 @@ def use(model, x, y, cycle):
         jit = keras.backend.backend() == "jax"
         optimizer = keras.optimizers.SGD(momentum=0.9)
         model.compile(optimizer, "mse", jit_compile=jit)
+        if cycle % 10:
+            # Else TensorFlow traces a step twice.
+            optimizer.build(model.trainable_variables)
     if cycle % 10 == 0:
         model.predict(x, verbose=0)
         model.fit(x, y, verbose=0)

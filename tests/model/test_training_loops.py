@@ -312,6 +312,7 @@ class WithBackbone(keras.Model):
         return self.head(self.backbone(x))
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("frozen", ["model", "backbone", "layers"])
 def test_vectors_train_whatever_was_frozen_before(data, frozen):
     model = WithBackbone()
@@ -365,6 +366,7 @@ def dtype_policy(request):
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("enable_first", [True, False])
 @pytest.mark.parametrize(
     "dtype_policy",
