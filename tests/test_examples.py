@@ -33,7 +33,7 @@ def text_classification(folder):
         )
     )
     # The whole documentation once, two of its sentences; then own texts.
-    for arguments in ("--limit 2", "--data own.tsv"):
+    for arguments in ("--limit 2 --lora", "--data own.tsv --lora"):
         table = run(
             "text_classification", f"{arguments} --epochs 1 --rank 8", folder
         )
@@ -130,13 +130,12 @@ def check_files(folder, *pictures, adapters=2):
     assert len(list(folder.glob("*.vera.safetensors"))) == adapters
 
 
-# PyTorch generates and JAX compiles for long. `multi_device` has a process of
-# its own, on JAX.
+# PyTorch generates for long, the others compile. `multi_device` has a process
+# of its own, on JAX.
 RUNS = {
-    "jax": [one_base_many_users, instruction_tuning],
+    "jax": [one_base_many_users, data_to_text, instruction_tuning],
     "tensorflow": [multi_device],
     "torch": [
-        data_to_text,
         image_classification,
         image_classification_resnet,
         text_classification,

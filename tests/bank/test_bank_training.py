@@ -125,17 +125,21 @@ def test_mixed_is_alone(files, data, tmp_path, name):
     # `torch.compile` gives the same, but takes minutes.
     ["run_eagerly"] + ["jit_compile"] * (backend() != "torch"),
 )
-def test_a_step_is_the_same_in_every_mode(files, data, mode):
+def test_steps_are_the_same_in_every_mode(files, data, mode):
     found = []
     for compiled in (False, True):
         bank = make_bank(files)
         bank.model.compile(
-            keras.optimizers.SGD(0.1),
+            keras_vera.vera_optimizer(
+                vectors=keras.optimizers.Adam(0.01, epsilon=1e-3),
+                rest=keras.optimizers.SGD(0.1),
+            ),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             **{mode: compiled},
         )
         before = stacks(bank)
-        step(bank, data, MIXED)
+        for adapters in (MIXED, MIXED[::-1]):
+            step(bank, data, adapters)
         found.append(stacks(bank))
     for key, value in found[0].items():
         assert largest_difference(value, found[1][key]) < 1e-6, key
