@@ -219,7 +219,7 @@ def test_folder():
     assert "wrong: 0, lost: 0" in output
 
 
-@pytest.mark.in_turn("jax")
+@pytest.mark.in_turn("torch")
 def test_serve():
     output = run(
         *(FOLDER / "serve.py", "--server", "plain"),

@@ -130,12 +130,15 @@ def check_files(folder, *pictures, adapters=2):
     assert len(list(folder.glob("*.vera.safetensors"))) == adapters
 
 
-# PyTorch generates for long, the others compile. `multi_device` has a process
-# of its own, on JAX.
+# PyTorch generates for long, TensorFlow makes graphs for long.
 RUNS = {
-    "jax": [one_base_many_users, data_to_text, instruction_tuning],
-    "tensorflow": [multi_device],
+    "jax": [
+        one_base_many_users,
+        multi_device,
+        instruction_tuning,
+    ],
     "torch": [
+        data_to_text,
         image_classification,
         image_classification_resnet,
         text_classification,

@@ -41,9 +41,12 @@ NAMES = sorted(
 # JAX and TensorFlow compile them for long.
 LONG = {
     "BASNetBackbone",
+    "BLIP2Backbone",
+    "DFineBackbone",
     "FluxBackbone",
     "HGNetV2Backbone",
     "MoonshineBackbone",
+    "SAMBackbone",
     "StableDiffusion3Backbone",
     "T5Backbone",
     "T5Backbone:gated",
