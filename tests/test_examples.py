@@ -132,12 +132,9 @@ def check_files(folder, *pictures, adapters=2):
 
 # PyTorch generates for long, TensorFlow makes graphs for long.
 RUNS = {
-    "jax": [
-        one_base_many_users,
-        multi_device,
-        instruction_tuning,
-    ],
+    "jax": [one_base_many_users, instruction_tuning],
     "torch": [
+        multi_device,
         data_to_text,
         image_classification,
         image_classification_resnet,
