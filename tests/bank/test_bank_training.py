@@ -122,8 +122,10 @@ def test_mixed_is_alone(files, data, tmp_path, name):
 @pytest.mark.eager(False)
 @pytest.mark.parametrize(
     "mode",
-    # `torch.compile` gives the same, but takes minutes.
-    ["run_eagerly"] + ["jit_compile"] * (backend() != "torch"),
+    # JAX does so anyway; `torch.compile` gives the same, but takes minutes.
+    ["run_eagerly"]
+    + [pytest.param("jit_compile", marks=pytest.mark.in_turn("tensorflow"))]
+    * (backend() != "torch"),
 )
 def test_steps_are_the_same_in_every_mode(files, data, mode):
     found = []
