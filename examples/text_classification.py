@@ -67,7 +67,7 @@ In a notebook, change the defaults here.
 parser = argparse.ArgumentParser()
 parser.add_argument("--preset", help="a KerasHub preset; default: MiniLM-L6")
 parser.add_argument("--data", help="lines of label<TAB>text; default: Keras")
-parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--epochs", type=int, default=2)
 parser.add_argument("--batch_size", type=int, default=32)
 parser.add_argument("--rank", type=int, default=256, help="rank of VeRA")
 parser.add_argument("--lora", action="store_true", help="also train LoRA")
@@ -78,9 +78,9 @@ parser.add_argument("--output_dir", default="text_classification_output")
 args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 # The best that were tried on the validation sentences of the default data, with
-# seed 0: of the head, 1e-2, 4e-2, 8e-2 and 0.16; of LoRA, 1.5e-3, 3e-3 and
-# 8e-3. VeRA has the default rates.
-LEARNING_RATES = {"head": 8e-2, "lora": 3e-3}
+# seed 0: of the head, 0.04, 0.08, 0.16 and 0.32; of LoRA, 1.5e-3, 3e-3 and
+# 6e-3. VeRA has the default rates.
+LEARNING_RATES = {"head": 0.16, "lora": 3e-3}
 SEQUENCE_LENGTH = 32
 LORA_RANK = 8
 NAMESPACES = """applications callbacks datasets initializers layers losses
@@ -408,7 +408,8 @@ logits = train_and_test(vera_name, vera, optimizer)
 The file holds the vectors and the head, and the seed from which `A` and `B`
 are made again. We load it into a fresh model, whose head starts elsewhere, so
 that only the file can make both predict the same. Then we merge the adapter
-into the kernels, which leaves a plain Keras model.
+into the kernels, which leaves a plain Keras model. The first 256 test sentences
+are enough to see it.
 """
 
 # %%
@@ -419,12 +420,14 @@ results[vera_name]["bytes"] = size
 vectors = 4 * results[vera_name]["without head"]
 print(f"{path.name}: {size / 1000:.1f} kB, vectors {vectors / 1000:.1f} kB")
 
+few = {name: value[:256] for name, value in x_test.items()}
+logits = logits[:256]
 loaded = make_classifier(seed=args.seed + 1)
-fresh_logits = loaded.predict(x_test, verbose=0)
+fresh_logits = loaded.predict(few, verbose=0)
 keras_vera.load_adapter(loaded, path)
-loaded_logits = loaded.predict(x_test, verbose=0)
+loaded_logits = loaded.predict(few, verbose=0)
 keras_vera.merge(loaded)
-merged_logits = loaded.predict(x_test, verbose=0)
+merged_logits = loaded.predict(few, verbose=0)
 
 for name, other in (
     ("a fresh model", fresh_logits),
@@ -447,7 +450,7 @@ half_path = output_dir / "keras_docs_float16.vera.safetensors"
 keras_vera.save_adapter(vera, half_path, dtype="float16")
 half_size = half_path.stat().st_size
 keras_vera.load_adapter(vera, half_path)
-half_logits = vera.predict(x_test, verbose=0)
+half_logits = vera.predict(few, verbose=0)
 agree = np.mean(half_logits.argmax(-1) == logits.argmax(-1))
 print(f"{half_path.name}: {half_size / 1000:.1f} kB, {agree:.2%} agree")
 
