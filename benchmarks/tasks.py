@@ -119,9 +119,12 @@ def load(task, folder, data=None, options=()):
     with contextlib.redirect_stdout(io.StringIO()):
         if task == "digits":
             return Classifier("image_classification", options)
+        # More than the examples take by default.
         if task == "e2e":
+            options = ["--pairs", "480", "--held_out", "60", *options]
             return LanguageModel("data_to_text", options, _e2e)
         if task == "instructions":
+            options = ["--held_out", "64", *options]
             return LanguageModel("instruction_tuning", options, _instructions)
         return Classifier("text_classification", options)
 

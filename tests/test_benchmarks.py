@@ -82,7 +82,7 @@ def test_lora_ranks(tmp_path, small_minilm):
     tables = []
     for sizes in (
         ["docstrings", "--limit", "4"],
-        ["e2e", "--limit", "4", "--length", "208", "--preset", "tiny"],
+        "e2e --pairs 4 --held_out 4 --length 208 --preset tiny".split(),
     ):
         sizes = [tmp_path / x if x == "tiny" else x for x in sizes]
         output = run(
@@ -108,7 +108,7 @@ def test_lora_ranks(tmp_path, small_minilm):
 def test_evidence_of_language_models(tmp_path):
     tiny_causal_lm().save_to_preset(tmp_path / "tiny")
     for task, sizes in {
-        "e2e": "--limit 6 --length 208",
+        "e2e": "--pairs 6 --held_out 6 --length 208",
         "instructions": "--pairs 6 --held_out 4 --length 224",
     }.items():
         lines, _ = evidence(
@@ -219,7 +219,7 @@ def test_folder():
     assert "wrong: 0, lost: 0" in output
 
 
-@pytest.mark.in_turn("torch")
+@pytest.mark.in_turn("jax")
 def test_serve():
     output = run(
         *(FOLDER / "serve.py", "--server", "plain"),

@@ -106,7 +106,8 @@ def tiny_causal_lm():
 
 def data_to_text(folder):
     tiny_causal_lm().save_to_preset(folder / "tiny")
-    sizes = "--limit 6 --length 208 --rank 4 --batch_size 4 --preset tiny"
+    sizes = "--pairs 6 --held_out 6 --length 208 --rank 4 --batch_size 4"
+    sizes += " --preset tiny"
     table = run("data_to_text", f"{sizes} --lora", folder, "BLEU")
     for row in ("Base", "VeRA, rank 4", "LoRA, rank 8", "two styles"):
         assert row in table
