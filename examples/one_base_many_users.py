@@ -78,7 +78,6 @@ args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 SEQUENCE_LENGTH = 32
 FOLDERS = 3, 4, 5  # How many a user may have.
-LEARNING_RATE = 1e-2
 NAMESPACES = """applications callbacks initializers layers losses metrics ops
 optimizers quantizers random saving utils""".split()
 
@@ -254,7 +253,7 @@ def make_classifier(classes):
 
 base = make_classifier(max(FOLDERS))
 keras_vera.enable_vera(
-    base, rank=args.rank, seed=args.seed, targets="all-linear", d_initial=1.0
+    base, rank=args.rank, seed=args.seed, targets="all-linear"
 )
 
 # %% [markdown]
@@ -273,10 +272,7 @@ for name, (own, _, _) in users.items():
 
 
 bank.model.compile(
-    optimizer=keras_vera.vera_optimizer(
-        vectors=keras.optimizers.Adam(LEARNING_RATE),
-        rest=keras.optimizers.Adam(LEARNING_RATE),
-    ),
+    optimizer=keras_vera.vera_optimizer(),
     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     metrics=["accuracy"],
 )
