@@ -110,7 +110,7 @@ A meaning representation, such as `name[Cocum], eatType[pub]`, has several
 references, sentences that people wrote for it. No meaning representation is in
 two of the files. By default we train on a little more than half of the pairs
 that come along, and test on as much, so that it takes ten minutes;
-`--pairs 480 --held_out 60` takes them all.
+`--pairs 480 --held_out 60` takes them all, and other files want more as well.
 """
 
 # %%

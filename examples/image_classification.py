@@ -139,10 +139,11 @@ print(f"{'all':8}{train:10,}{validation:12,}{test:8,}")
 """
 ## One way to train for all
 
-The learning rate of each training falls to 0. How high it starts was searched
-in the same way for each method on each of the small models: of rates a factor
-of 3 apart, the best by the accuracy on the validation images, a mean of three
-seeds, with as many rates as it took until the best was not the last in a row.
+The learning rate of each training falls to 0. VeRA has the default for the
+number of steps. How high the others start was searched in the same way for each
+on each of the small models: of rates a factor of 3 apart, the best by the
+accuracy on the validation images, a mean of three seeds, with as many rates as
+it took until the best was not the last in a row.
 """
 
 

@@ -132,7 +132,7 @@ def check_files(folder, *pictures, adapters=2):
     assert len(list(folder.glob("*.vera.safetensors"))) == adapters
 
 
-# PyTorch generates for long, TensorFlow makes graphs for long.
+# On the cheaper one of two; TensorFlow makes graphs for long.
 RUNS = {
     "jax": [one_base_many_users, instruction_tuning],
     "torch": [
