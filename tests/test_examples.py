@@ -134,9 +134,8 @@ def check_files(folder, *pictures, adapters=2):
 
 # On the cheaper one of two; TensorFlow makes graphs for long.
 RUNS = {
-    "jax": [one_base_many_users, instruction_tuning],
+    "jax": [multi_device, one_base_many_users, instruction_tuning],
     "torch": [
-        multi_device,
         data_to_text,
         image_classification,
         image_classification_resnet,

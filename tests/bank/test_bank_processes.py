@@ -552,6 +552,7 @@ def test_any_calls(two, originals):
 # ---- Death.
 
 
+@pytest.mark.in_turn("jax")  # Files alone, in processes of their own.
 def test_writers_that_are_killed(tmp_path):
     if not hasattr(os, "fork"):
         pytest.skip("Windows has no `fork`.")
