@@ -210,7 +210,7 @@ def draw(lines, output):
     figure, panels = plt.subplots(
         1,
         len(names),
-        figsize=(5 * len(names), 4),
+        figsize=(6 * len(names), 5),
         layout="constrained",
         squeeze=False,
     )
@@ -229,7 +229,8 @@ def draw(lines, output):
                 axes.annotate(
                     method,
                     point[:2],
-                    xytext=(4, 4),
+                    # Below, as VeRA may have as many numbers.
+                    xytext=(4, -9 if method.startswith("lora") else 4),
                     textcoords="offset points",
                     fontsize=7,
                 )
