@@ -4,8 +4,8 @@ A residual network, `h + tanh(h W) / sqrt(layers)` in each layer, learns what
 another one of the same kind gives, whose kernels differ from its own by random
 ones of rank 4. Only d and b train, with Adam, a warm-up and a decay by a
 cosine. Each row has another number of layers, width, rank, structure, share of
-layers that are adapted, or number of steps. The loss is a mean of the last
-fifth of the steps, over that of the network as it was.
+layers that are adapted, number of steps, or ratio of the two rates. The loss is
+a mean of the last fifth of the steps, over that of the network as it was.
 
     python benchmarks/rates_of_formula.py
     python benchmarks/rates_of_formula.py --rows 3 4 --rates 0.05 0.1
@@ -29,6 +29,7 @@ class Row:
     blocks: int = 1
     every: int = 1  # Every how many layers one is adapted.
     steps: int = 80
+    ratio: float = 1.0  # Of the rates of d and b, whose product stays.
 
 
 ROWS = [
@@ -45,6 +46,8 @@ ROWS = [
     Row(layers=2, steps=800),
     Row(layers=2, steps=800, rank=256),
     Row(layers=2, steps=3200),
+    Row(rank=256, ratio=1 / 16),
+    Row(rank=256, ratio=16),
 ]
 
 
@@ -127,7 +130,7 @@ def trained_loss(row, rate, seed=0):
     adapted = range(0, row.layers, row.every)
     d = [np.full(row.rank, D_INITIAL, "float32") for _ in adapted]
     b = [np.zeros(width, "float32") for _ in adapted]
-    adam = Adam([*d, *b])
+    adam_d, adam_b = Adam(d), Adam(b)
     warmup = max(1, row.steps // 10)
     losses, losses_before = [], []
     for step in range(row.steps):
@@ -154,7 +157,8 @@ def trained_loss(row, rate, seed=0):
         progress = max(0, step + 1 - warmup) / max(1, row.steps - warmup)
         factor = (1 + math.cos(math.pi * progress)) / 2
         factor *= min(1, (step + 1) / warmup)
-        adam.step([*d_gradients, *b_gradients], rate * factor)
+        adam_d.step(d_gradients, rate * factor * math.sqrt(row.ratio))
+        adam_b.step(b_gradients, rate * factor / math.sqrt(row.ratio))
     last = row.steps // 5
     return np.mean(losses[-last:]) / np.mean(losses_before[-last:])
 
