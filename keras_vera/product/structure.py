@@ -123,6 +123,12 @@ class Blocks:
     evenly, carry nothing. The stored A is [m, s * c] and has for each input
     its row in its block, channels in the order (block of B, 0..c); the stored
     B is [s * c, n], channels in the order (block of A, 0..c).
+
+    In the equations, i is a block of A and p an input in it, j a block of B
+    and q an output in it, c one of the channels that they have in common, and
+    k = (i, c) a channel of j. What does not grow with the tokens is one
+    equation each, for graphs with few operations: TensorFlow takes a minute
+    for them in a large model.
     """
 
     m: int
@@ -173,11 +179,11 @@ class Blocks:
 
     def up(self, h, b_matrix):
         z = ops.matmul(h, self._b(b_matrix))
-        return _join(z, self.n)
+        return _join_columns(z, self.n)
 
     def down_transposed(self, v, a):
         a = ops.transpose(self._a(a), (0, 2, 1))
-        return _join(ops.matmul(self._exchange(v), a), self.m)
+        return _join_columns(ops.matmul(self._exchange(v), a), self.m)
 
     def up_transposed(self, g, b_matrix):
         b_matrix = ops.transpose(self._b(b_matrix), (0, 2, 1))
@@ -185,7 +191,7 @@ class Blocks:
 
     def scale(self, h, d):
         if len(d.shape) == 1:
-            return h * self._channels(d)[:, None, :]
+            return h * ops.expand_dims(self._channels(d), 1)
         examples = ops.shape(d)[0]
         d = self._channels(d)
         d = ops.transpose(ops.reshape(d, (examples, *d.shape[1:])), (1, 0, 2))
@@ -196,21 +202,15 @@ class Blocks:
         return ops.reshape(by_examples * d[:, :, None, :], ops.shape(h))
 
     def scale_rows(self, a, d):
-        d = self._exchange(self._channels(d)[:, None, :])
-        return ops.reshape(self._a(a) * d, (-1, a.shape[1]))[: self.m]
+        s = self.blocks
+        d = ops.reshape(self._channels(d), (s, 1, s, self.depth))
+        a = _split(a, s) * ops.transpose(d, (2, 1, 0, 3))
+        return _join(a, self.m, self.width)
 
     def product(self, a, b_matrix):
-        s, c = self.blocks, self.depth
-        a = ops.reshape(self._a(a), (s, -1, s, c))
-        b_matrix = ops.reshape(self._b(b_matrix), (s, s, c, -1))
-        # For each pair of blocks, [m / s, c] x [c, n / s].
-        pairs = ops.matmul(
-            ops.transpose(a, (0, 2, 1, 3)),
-            ops.transpose(b_matrix, (1, 0, 2, 3)),
-        )
-        rows = ops.transpose(pairs, (0, 2, 1, 3))
-        rows = ops.reshape(rows, (s * a.shape[1], s * b_matrix.shape[3]))
-        return rows[: self.m, : self.n]
+        a, b_matrix = _split(a, self.blocks), _split(b_matrix, self.blocks)
+        product = ops.einsum("ipjc,icjq->ipjq", a, b_matrix)
+        return _join(product, self.m, self.n)
 
     def as_matrices(self, a, b_matrix):
         a = self.full_a(a)
@@ -225,28 +225,21 @@ class Blocks:
         )
 
     def m_of_tokens(self, u, g):
-        return ops.einsum("str,stn->srn", u, self._output_blocks(g))
+        return ops.einsum("jtk,jtq->jkq", u, self._output_blocks(g))
 
     def m_of_kernel(self, a, kernel_gradient):
-        s, c = self.blocks, self.depth
-        a = ops.reshape(self._a(a), (s, -1, s, c))
-        g = _pad(_pad(kernel_gradient, s * a.shape[1], 0), self._columns, 1)
-        g = ops.reshape(g, (s, a.shape[1], s, -1))
-        pairs = ops.matmul(
-            ops.transpose(a, (0, 2, 3, 1)), ops.transpose(g, (0, 2, 1, 3))
-        )
-        pairs = ops.transpose(pairs, (1, 0, 2, 3))
-        return ops.reshape(pairs, (s, s * c, g.shape[3]))
+        a, g = _split(a, self.blocks), _split(kernel_gradient, self.blocks)
+        m_matrix = ops.einsum("ipjc,ipjq->jicq", a, g)
+        return ops.reshape(m_matrix, (self.blocks, self.width, -1))
 
     def sums(self, m_matrix, b_matrix, d, b):
         bm = self._b(b_matrix) * m_matrix
-        b = ops.reshape(_pad(b, self._columns, 0), (self.blocks, -1, 1))
-        of_channels = ops.reshape(ops.matmul(bm, b), (-1,))
-        of_outputs = ops.matmul(self._channels(d)[:, None, :], bm)
-        return (
-            ops.take(of_channels, self._positions()),
-            ops.reshape(of_outputs, (-1,))[: self.n],
-        )
+        b = ops.reshape(_pad(b, self._columns, 0), (self.blocks, -1))
+        of_channels = ops.reshape(ops.einsum("jkq,jq->jk", bm, b), (-1,))
+        of_outputs = ops.einsum("jkq,jk->jq", bm, self._channels(d))
+        if of_channels.shape[0] != self.rank:
+            of_channels = ops.take(of_channels, self._positions())
+        return of_channels, _cut(ops.reshape(of_outputs, (-1,)), self.n, 0)
 
     @property
     def _columns(self):
@@ -292,10 +285,10 @@ class Blocks:
         return self._output_blocks(b_matrix)
 
     def _input_blocks(self, x):
-        return _split(x, self.blocks, self.m)
+        return _split_columns(x, self.blocks)
 
     def _output_blocks(self, g):
-        return _split(g, self.blocks, self.n)
+        return _split_columns(g, self.blocks)
 
 
 def by_example(h, v):
@@ -314,18 +307,32 @@ def by_example(h, v):
     return ops.reshape(by_examples * v[:, None, :], ops.shape(h))
 
 
-def _split(x, blocks, size):
-    """Returns [T, size] as [blocks, T, ceil(size / blocks)]."""
-    block = -(-size // blocks)
-    x = ops.reshape(_pad(x, blocks * block, 1), (-1, blocks, block))
+def _split(x, blocks):
+    """Splits both axes of a matrix, filled up with 0: [blocks, rows of a
+    block, blocks, columns of a block]."""
+    rows, columns = (-(-size // blocks) for size in x.shape)
+    x = _pad(_pad(x, blocks * rows, 0), blocks * columns, 1)
+    return ops.reshape(x, (blocks, rows, blocks, columns))
+
+
+def _join(x, rows, columns):
+    """Undoes `_split`."""
+    x = ops.reshape(x, (x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]))
+    return _cut(_cut(x, rows, 0), columns, 1)
+
+
+def _split_columns(x, blocks):
+    """Returns [T, n] as [blocks, T, ceil(n / blocks)]."""
+    columns = -(-x.shape[1] // blocks)
+    x = ops.reshape(_pad(x, blocks * columns, 1), (-1, blocks, columns))
     return ops.transpose(x, (1, 0, 2))
 
 
-def _join(x, size):
-    """Undoes `_split`."""
-    blocks, _, block = x.shape
-    x = ops.reshape(ops.transpose(x, (1, 0, 2)), (-1, blocks * block))
-    return x if blocks * block == size else x[:, :size]
+def _join_columns(x, columns):
+    """Undoes `_split_columns`."""
+    full = x.shape[0] * x.shape[2]
+    x = ops.reshape(ops.transpose(x, (1, 0, 2)), (-1, full))
+    return _cut(x, columns, 1)
 
 
 def _pad(x, size, axis):
@@ -335,3 +342,9 @@ def _pad(x, size, axis):
     widths = [(0, 0)] * len(x.shape)
     widths[axis] = (0, missing)
     return ops.pad(x, widths)
+
+
+def _cut(x, size, axis):
+    if x.shape[axis] == size:
+        return x  # Nothing would be five operations in a graph of TensorFlow.
+    return x[:size] if axis == 0 else x[:, :size]
