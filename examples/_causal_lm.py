@@ -158,16 +158,25 @@ def to_arrays(lm, prompts, answers, length):
     return x, tokens[:, 1:], weights[:, 1:]
 
 
-def compile_for_answers(lm, optimizer="adam"):
-    """Compiles with the mean loss of all tokens that have a weight."""
+def compile_for_answers(lm, optimizer=None):
+    """Compiles with the mean loss of all tokens that have a weight.
+
+    Args:
+        lm: A KerasHub `CausalLM`.
+        optimizer: A Keras optimizer, for a model that is to be trained.
+    """
     lm.compile(
-        optimizer=optimizer,
+        optimizer="adam" if optimizer is None else optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         ),
         weighted_metrics=[],
         sampler="greedy",
     )
+    if optimizer is not None:
+        # If `fit` does it, TensorFlow traces the first step twice, which takes
+        # a minute in a model with so many layers.
+        optimizer.build(lm.trainable_variables)
 
 
 @contextlib.contextmanager
