@@ -160,6 +160,17 @@ def test_plans(tmp_path):
     assert "tokens" in figure.read_text()
 
 
+@pytest.mark.in_turn("tensorflow")
+def test_first_step():
+    output = run(FOLDER / "first_step.py", "--layers", "1", "--hidden", "144")
+    rows = re.findall(r"^\| (\S+) \| ([\d,]+) \| \d.*\(", output, re.M)
+    counts = {method: int(x.replace(",", "")) for method, x in rows}
+    assert list(counts) == ["norm", "lora", "vera", "vera-blocks"]
+    # In each of 7 adapted layers.
+    assert counts["lora"] < counts["vera"] < counts["lora"] + 7 * 50
+    assert counts["vera-blocks"] < counts["vera"] + 7 * 50
+
+
 def test_rates_of_formula():
     output = run(
         *(FOLDER / "rates_of_formula.py", "--rows", "3", "7"),
