@@ -237,9 +237,10 @@ class Blocks:
         b = ops.reshape(_pad(b, self._columns, 0), (self.blocks, -1))
         of_channels = ops.reshape(ops.einsum("jkq,jq->jk", bm, b), (-1,))
         of_outputs = ops.einsum("jkq,jk->jq", bm, self._channels(d))
-        if of_channels.shape[0] != self.rank:
-            of_channels = ops.take(of_channels, self._positions())
-        return of_channels, _cut(ops.reshape(of_outputs, (-1,)), self.n, 0)
+        return (
+            ops.take(of_channels, self._positions()),
+            _cut(ops.reshape(of_outputs, (-1,)), self.n, 0),
+        )
 
     @property
     def _columns(self):
