@@ -163,9 +163,12 @@ def test_plans(tmp_path):
 @pytest.mark.in_turn("tensorflow")
 def test_first_step():
     output = run(FOLDER / "first_step.py", "--layers", "1", "--hidden", "144")
-    rows = re.findall(r"^\| (\S+) \| ([\d,]+) \| \d.*\(", output, re.M)
-    counts = {method: int(x.replace(",", "")) for method, x in rows}
-    assert list(counts) == ["norm", "lora", "vera", "vera-blocks"]
+    found = dict(re.findall(r"^\| (\S+) \| ([\d,]*) \| \d.*\(", output, re.M))
+    assert list(found) == ["norm", "lora", "vera", "vera-blocks"]
+    if backend() != "tensorflow":
+        assert not any(found.values())
+        return
+    counts = {method: int(x.replace(",", "")) for method, x in found.items()}
     # In each of 7 adapted layers.
     assert counts["lora"] < counts["vera"] < counts["lora"] + 7 * 50
     assert counts["vera-blocks"] < counts["vera"] + 7 * 50
