@@ -162,7 +162,7 @@ class Blocks:
         )
 
     def down(self, x, a):
-        u = ops.matmul(self._input_blocks(x), self._a(a))
+        u = ops.matmul(_split_columns(x, self.blocks), self._a(a))
         return self._exchange(u)
 
     def rows(self, a, indices):
@@ -187,7 +187,7 @@ class Blocks:
 
     def up_transposed(self, g, b_matrix):
         b_matrix = ops.transpose(self._b(b_matrix), (0, 2, 1))
-        return ops.matmul(self._output_blocks(g), b_matrix)
+        return ops.matmul(_split_columns(g, self.blocks), b_matrix)
 
     def scale(self, h, d):
         if len(d.shape) == 1:
@@ -225,7 +225,7 @@ class Blocks:
         )
 
     def m_of_tokens(self, u, g):
-        return ops.einsum("jtk,jtq->jkq", u, self._output_blocks(g))
+        return ops.einsum("jtk,jtq->jkq", u, _split_columns(g, self.blocks))
 
     def m_of_kernel(self, a, kernel_gradient):
         a, g = _split(a, self.blocks), _split(kernel_gradient, self.blocks)
@@ -283,13 +283,7 @@ class Blocks:
 
     def _b(self, b_matrix):
         """Returns B by blocks: [s, s * c, n / s]."""
-        return self._output_blocks(b_matrix)
-
-    def _input_blocks(self, x):
-        return _split_columns(x, self.blocks)
-
-    def _output_blocks(self, g):
-        return _split_columns(g, self.blocks)
+        return _split_columns(b_matrix, self.blocks)
 
 
 def by_example(h, v):
