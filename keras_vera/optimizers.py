@@ -12,6 +12,9 @@ _RATE = 0.01
 _REST_RATE = 0.003
 # The share of the steps in which the rates rise.
 _WARMUP = 0.1
+# How many adapted layers the default rate of vectors is for. Fewer want a
+# higher one, up to that of the fewest; more have been seen to want the same.
+_LAYERS, _FEWEST_LAYERS = 64, 8
 
 
 def vera_optimizer(
@@ -30,7 +33,9 @@ def vera_optimizer(
             8. With these, all else trains in the same way. Or a Keras
             optimizer or its name, which trains `d` and `b` as it is, in every
             layer. Defaults to 0.01, or, with `total_steps`, to
-            `0.3 / sqrt(total_steps)` within 0.005 and 0.05.
+            `0.3 / sqrt(total_steps)` within 0.005 and 0.05, in both cases
+            times `sqrt(64 / layers)` where fewer than 64 adapted layers train
+            together, and no more than for 8.
         rest: Float, the learning rate of Adam for all other trained variables,
             such as a task head. Or a Keras optimizer or its name. Defaults to
             0.003.
@@ -76,6 +81,7 @@ def vera_optimizer(
     """
     if total_steps is not None:
         total_steps = check_integer("total_steps", total_steps, 1)
+    is_default = vectors is None
     vectors = _checked("vectors", vectors, _default_rate(total_steps))
     rest = _checked("rest", rest, _REST_RATE)
     rates = [x for x in (vectors, rest) if isinstance(x, float)]
@@ -93,29 +99,32 @@ def vera_optimizer(
         )
     if isinstance(rest, float):
         rest = _adam(rest, total_steps)
-    if isinstance(vectors, float):
-        by_path = _MapByStart(rest, {_VECTORS: _adam(vectors, total_steps)})
-    else:
+    if not isinstance(vectors, float):
         by_path = keras.optimizers.OptimizerMap(rest, {_VECTORS: vectors})
-    return keras.optimizers.MultiOptimizer(by_path)
+        return keras.optimizers.MultiOptimizer(by_path)
+    by_path = _MapByStart(rest, {_VECTORS: _adam(vectors, total_steps)})
+    made = _ByLayers if is_default else keras.optimizers.MultiOptimizer
+    return made(by_path)
 
 
 @_keras.named_in_files("keras.optimizers.OptimizerMap")
 class _MapByStart(keras.optimizers.OptimizerMap):
     """Gives vectors an optimizer whose rate suits their layer.
 
-    It has no state of its own, as files of a compiled model hold it as Keras'
-    own class, to be loaded without this package.
+    Files of a compiled model hold it as Keras' own class, to be loaded without
+    this package.
     """
+
+    # Of the rate of every vector; `build` sets it anew.
+    factor = 1.0
 
     def __call__(self, variable):
         optimizer = self[variable.path]
-        layer = getattr(variable, "vera_layer", lambda: None)()
-        is_adapted = hasattr(layer, "vera_lambda_d")
-        if optimizer is self.default_optimizer or not is_adapted:
+        layer = _layer_of(variable)
+        if optimizer is self.default_optimizer or layer is None:
             return optimizer
         with _keras.outside_of_tracing():
-            factor = rate_factor(layer, variable.name)
+            factor = self.factor * rate_factor(layer, variable.name)
             if factor == 1:
                 return optimizer
             # No path is such a key.
@@ -123,6 +132,28 @@ class _MapByStart(keras.optimizers.OptimizerMap):
             if key not in list(self):
                 self[key] = _scaled(optimizer, factor)
         return self[key]
+
+
+@_keras.named_in_files("keras.optimizers.MultiOptimizer")
+class _ByLayers(keras.optimizers.MultiOptimizer):
+    """Gives vectors a rate that suits how many layers train together."""
+
+    def build(self, var_list):
+        if not self.built:
+            layers = {
+                id(layer)
+                for layer in map(_layer_of, var_list)
+                if layer is not None
+            }
+            few = min(max(len(layers), _FEWEST_LAYERS), _LAYERS)
+            self._optimizer_map.factor = math.sqrt(_LAYERS / few)
+        super().build(var_list)
+
+
+def _layer_of(variable):
+    """Returns the adapted layer whose vector it is, or `None`."""
+    layer = getattr(variable, "vera_layer", lambda: None)()
+    return layer if hasattr(layer, "vera_lambda_d") else None
 
 
 def _default_rate(total_steps):

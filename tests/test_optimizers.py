@@ -14,7 +14,10 @@ from keras_vera.layers._rates import rate_factor
 
 pytestmark = pytest.mark.eager
 
-RATE = 1e-2
+# Of 64 adapted layers, and of 8 or fewer, as in most models here.
+RATE_OF_MANY = 1e-2
+FACTOR_OF_FEW = 8**0.5
+RATE = RATE_OF_MANY * FACTOR_OF_FEW
 REST_RATE = 3e-3
 
 
@@ -92,8 +95,8 @@ def test_state_is_that_of_the_vectors(data):
     model.fit(*data, verbose=0)
     trained = sum(np.prod(v.shape) for v in model.trainable_variables)
     assert trained == 4 + 8 + (8 * 3 + 3)
-    # As files of optimizers have had them.
-    assert len(model.optimizer.optimizers) == 2
+    # That of a rate for many layers has no state.
+    assert len(model.optimizer.optimizers) == 3
     # Two moments in Adam; and counters, rates.
     state = [v for v in model.optimizer.variables if len(v.shape)]
     assert sum(np.prod(v.shape) for v in state) == 2 * trained
@@ -305,6 +308,76 @@ def test_layers_of_one_model_may_start_differently(data):
     assert steps == pytest.approx([RATE / 10, RATE], rel=0.01)
 
 
+def make_deep_model(layers):
+    """Returns a model of so many adapted layers, and one that is not."""
+    backbone = keras.Sequential(
+        [keras.Input((6,)), *(keras.layers.Dense(6) for _ in range(layers))]
+    )
+    keras_vera.enable_vera(backbone, rank=2, targets="all-linear")
+    model = keras.Sequential(
+        [keras.Input((6,)), backbone, keras.layers.Dense(3)]
+    )
+    return model, backbone
+
+
+def rates_of_layers(model, optimizer):
+    """Returns the rates that an optimizer has for vectors, by layer."""
+    optimizer.build(model.trainable_variables)
+    rates = {}
+    for part in optimizer.optimizers:
+        rate = float(ops.convert_to_numpy(part.learning_rate))
+        for variable in part._trainable_variables:
+            if variable.name.startswith("vera_lambda"):
+                rates.setdefault(id(variable.vera_layer()), set()).add(rate)
+    assert all(len(own) == 1 for own in rates.values())
+    return [own.pop() for own in rates.values()]
+
+
+@pytest.mark.parametrize(
+    "layers, factor",
+    [
+        (1, 8**0.5),
+        (8, 8**0.5),
+        (9, 8 / 3),
+        (16, 2),
+        (36, 4 / 3),
+        (64, 1),
+        (70, 1),
+    ],
+)
+def test_few_layers_have_a_higher_default_rate(layers, factor):
+    model, _ = make_deep_model(layers)
+    rates = rates_of_layers(model, keras_vera.vera_optimizer())
+    assert rates == pytest.approx([RATE_OF_MANY * factor] * layers)
+    # The size of the bases is 1 here, and the rate of a user is his.
+    rates = rates_of_layers(model, keras_vera.vera_optimizer(5e-3))
+    assert rates == pytest.approx([5e-3] * layers)
+
+
+def test_layers_that_do_not_train_do_not_count(data):
+    model, backbone = make_deep_model(16)
+    for layer in backbone.layers[:7]:
+        layer.trainable = False
+    optimizer = keras_vera.vera_optimizer()
+    rates = rates_of_layers(model, optimizer)
+    assert rates == pytest.approx([RATE_OF_MANY * 8 / 3] * 9)
+
+
+def test_the_rate_follows_another_number_of_layers(data):
+    model, backbone = make_deep_model(16)
+    optimizer = keras_vera.vera_optimizer()
+    model.compile(optimizer, "mse")
+    model.fit(*data, verbose=0)
+    assert rates_of_layers(model, optimizer) == pytest.approx([0.02] * 16)
+    keras_vera.disable_vera(backbone)
+    names = [layer.name for layer in backbone.layers[:9]]
+    keras_vera.enable_vera(backbone, rank=2, targets=names)
+    assert model.optimizer is optimizer and not optimizer.built
+    model.fit(*data, verbose=0)
+    rates = rates_of_layers(model, optimizer)
+    assert rates == pytest.approx([RATE_OF_MANY * 8 / 3] * 9)
+
+
 def test_rates_as_numbers(data):
     model = make_model(d_initial=1.0)
     spoil(model)
@@ -346,7 +419,7 @@ def test_total_steps():
             part.iterations.assign(int(step))
             rate = float(ops.convert_to_numpy(part.learning_rate))
             assert rate == pytest.approx(peak * factor, rel=1e-5, abs=1e-9)
-    rate = 0.3 / 40**0.5
+    rate = FACTOR_OF_FEW * 0.3 / 40**0.5
     assert sorted(rates) == pytest.approx([REST_RATE, rate / 10, rate * 10])
 
 
@@ -369,7 +442,9 @@ def test_few_steps_train(data, total_steps):
     steps = moves(
         model, keras_vera.vera_optimizer(total_steps=total_steps), *data
     )
-    assert steps["vera_lambda_b"] == pytest.approx(0.05, rel=0.01)
+    assert steps["vera_lambda_b"] == pytest.approx(
+        FACTOR_OF_FEW * 0.05, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -443,7 +518,7 @@ def test_files_hold_classes_of_keras_alone(tmp_path, data):
     model = make_model(d_initial=1.0)
     model.compile(keras_vera.vera_optimizer(total_steps=8), "mse")
     model.fit(*data, verbose=0)
-    assert "keras_vera" not in str(model.optimizer.get_config())
+    assert "keras_vera" not in str(keras.optimizers.serialize(model.optimizer))
     model.save(tmp_path / "model.keras")
     with pytest.warns(UserWarning, match="Skipping variable loading"):
         loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -455,6 +530,8 @@ def test_rates_in_a_bank(tmp_path, rng):
     files = make_files(tmp_path, ["ann", "bob"], d_initial=1.0)
     bank = make_bank(files, d_initial=1.0)
     compile_bank(bank, keras_vera.vera_optimizer())
+    config = keras.optimizers.serialize(bank.model.optimizer)
+    assert "keras_vera" not in str(config)
     stacks = bank.model.trainable_variables
     before = [np.array(ops.convert_to_numpy(v)) for v in stacks]
     x, y = rng.normal(size=(8, 3, 6)).astype("float32"), np.arange(8) % 4

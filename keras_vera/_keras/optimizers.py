@@ -37,6 +37,11 @@ def named_in_files(plain_name):
     return register
 
 
+def name_in_files(cls):
+    """Returns the name that `named_in_files`, or Keras, gave; or `None`."""
+    return api_export.REGISTERED_OBJS_TO_NAMES.get(cls)
+
+
 def in_any_replica(mask):
     """Returns where a mask is true in any replica of `tf.distribute`.
 

@@ -230,4 +230,6 @@ def _row_class(mixin, plain_class):
         "__qualname__": plain_class.__qualname__,
         "__doc__": plain_class.__doc__,
     }
-    return type(plain_class.__name__, (mixin, plain_class), namespace)
+    made = type(plain_class.__name__, (mixin, plain_class), namespace)
+    name = _keras.name_in_files(plain_class)
+    return made if name is None else _keras.named_in_files(name)(made)
