@@ -38,7 +38,8 @@ def vera_optimizer(
             together, and no more than for 8.
         rest: Float, the learning rate of Adam for all other trained variables,
             such as a task head. Or a Keras optimizer or its name. Defaults to
-            0.003.
+            0.003, or, with `total_steps`, to `0.18 / sqrt(total_steps)` within
+            0.003 and 0.01.
         total_steps: Integer, how many steps will be made: epochs times
             batches. A rate, given or not, then rises to what it is in the
             first tenth of these, and falls to 0 by a cosine, where it stays.
@@ -83,7 +84,7 @@ def vera_optimizer(
         total_steps = check_integer("total_steps", total_steps, 1)
     is_default = vectors is None
     vectors = _checked("vectors", vectors, _default_rate(total_steps))
-    rest = _checked("rest", rest, _REST_RATE)
+    rest = _checked("rest", rest, _default_rest_rate(total_steps))
     rates = [x for x in (vectors, rest) if isinstance(x, float)]
     if total_steps is not None and not rates:
         raise ValueError(
@@ -161,6 +162,14 @@ def _default_rate(total_steps):
     if total_steps is None:
         return _RATE
     return min(max(0.3 / math.sqrt(total_steps), 0.005), 0.05)
+
+
+def _default_rest_rate(total_steps):
+    """Returns the rate of all else: a new head has as few steps to learn."""
+    if total_steps is None:
+        return _REST_RATE
+    # Heads of two layers do not stand more.
+    return min(max(0.18 / math.sqrt(total_steps), 0.003), 0.01)
 
 
 def _checked(name, value, default):
