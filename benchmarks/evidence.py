@@ -39,7 +39,8 @@ import tasks
 
 from keras_vera import optimizers
 
-# Where the search begins; that of VeRA at the default of `vera_optimizer`.
+# Where the search begins; that of VeRA at the default of `vera_optimizer` for
+# many layers.
 RATES = {"head": 0.008, "full": 0.0001, "lora": 0.001}
 SETTING = ["task", "method", "targets", "steps", "batch_size"]
 KEY = [*SETTING, "seed", "rate"]

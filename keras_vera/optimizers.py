@@ -15,6 +15,8 @@ _WARMUP = 0.1
 # How many adapted layers the default rate of vectors is for. Fewer want a
 # higher one, up to that of the fewest; more have been seen to want the same.
 _LAYERS, _FEWEST_LAYERS = 64, 8
+# Up to how many inputs a head has the highest rate.
+_INPUTS = 384
 
 
 def vera_optimizer(
@@ -39,7 +41,9 @@ def vera_optimizer(
         rest: Float, the learning rate of Adam for all other trained variables,
             such as a task head. Or a Keras optimizer or its name. Defaults to
             0.003, or, with `total_steps`, to `0.18 / sqrt(total_steps)` within
-            0.003 and 0.01.
+            0.003 and 0.01: for vectors, and for kernels of `Dense` layers with
+            up to 384 inputs. With more, it is half for about each doubling, and
+            never less than 0.003, which all other weights have.
         total_steps: Integer, how many steps will be made: epochs times
             batches. A rate, given or not, then rises to what it is in the
             first tenth of these, and falls to 0 by a cosine, where it stays.
@@ -82,9 +86,10 @@ def vera_optimizer(
     """
     if total_steps is not None:
         total_steps = check_integer("total_steps", total_steps, 1)
-    is_default = vectors is None
+    by_layers, rest_rate = vectors is None, _default_rest_rate(total_steps)
+    least_of_rest = _REST_RATE / rest_rate if rest is None else None
     vectors = _checked("vectors", vectors, _default_rate(total_steps))
-    rest = _checked("rest", rest, _default_rest_rate(total_steps))
+    rest = _checked("rest", rest, rest_rate)
     rates = [x for x in (vectors, rest) if isinstance(x, float)]
     if total_steps is not None and not rates:
         raise ValueError(
@@ -98,41 +103,61 @@ def vera_optimizer(
             "`vectors` and `rest` must be two optimizers. "
             f"Received the same one twice: {vectors!r}"
         )
+    by_start = isinstance(vectors, float)
+    if isinstance(vectors, float):
+        vectors = _adam(vectors, total_steps)
     if isinstance(rest, float):
         rest = _adam(rest, total_steps)
-    if not isinstance(vectors, float):
-        by_path = keras.optimizers.OptimizerMap(rest, {_VECTORS: vectors})
-        return keras.optimizers.MultiOptimizer(by_path)
-    by_path = _MapByStart(rest, {_VECTORS: _adam(vectors, total_steps)})
-    made = _ByLayers if is_default else keras.optimizers.MultiOptimizer
-    return made(by_path)
+    by_variable = _ByVariable(rest, {_VECTORS: vectors})
+    by_variable.by_start = by_start
+    by_variable.by_layers = by_layers
+    by_variable.least_of_rest = least_of_rest
+    return _ByLayers(by_variable)
 
 
 @_keras.named_in_files("keras.optimizers.OptimizerMap")
-class _MapByStart(keras.optimizers.OptimizerMap):
-    """Gives vectors an optimizer whose rate suits their layer.
+class _ByVariable(keras.optimizers.OptimizerMap):
+    """Gives each variable an optimizer whose rate suits it.
 
     Files of a compiled model hold it as Keras' own class, to be loaded without
     this package.
     """
 
-    # Of the rate of every vector; `build` sets it anew.
-    factor = 1.0
+    by_start = by_layers = False  # How the rates of vectors go.
+    layers_factor = 1.0  # `build` sets it anew.
+    # Of the rate of all else, if that goes by inputs.
+    least_of_rest: float | None = None
 
     def __call__(self, variable):
         optimizer = self[variable.path]
-        layer = _layer_of(variable)
-        if optimizer is self.default_optimizer or layer is None:
-            return optimizer
         with _keras.outside_of_tracing():
-            factor = self.factor * rate_factor(layer, variable.name)
+            if optimizer is self.default_optimizer:
+                name, factor = "all else", self._factor_of_rest(variable)
+            else:
+                name, factor = _VECTORS, self._factor_of_vector(variable)
             if factor == 1:
                 return optimizer
             # No path is such a key.
-            key = f"{_VECTORS} at {factor:g} times the rate"
+            key = f"{name} at {factor:g} times the rate"
             if key not in list(self):
                 self[key] = _scaled(optimizer, factor)
         return self[key]
+
+    def _factor_of_vector(self, variable):
+        layer = _layer_of(variable)
+        if not self.by_start or layer is None:
+            return 1
+        return self.layers_factor * rate_factor(layer, variable.name)
+
+    def _factor_of_rest(self, variable):
+        """Heads of many inputs move their outputs more in a step."""
+        shape = variable.shape
+        if self.least_of_rest is None or len(shape) < 2:
+            return 1
+        if variable.name != "kernel" or len(shape) > 2:
+            return self.least_of_rest
+        halvings = max(0, round(math.log2(shape[0] / _INPUTS)))
+        return max(0.5**halvings, self.least_of_rest)
 
 
 @_keras.named_in_files("keras.optimizers.MultiOptimizer")
@@ -140,14 +165,15 @@ class _ByLayers(keras.optimizers.MultiOptimizer):
     """Gives vectors a rate that suits how many layers train together."""
 
     def build(self, var_list):
-        if not self.built:
+        by_variable = self._optimizer_map
+        if not self.built and by_variable.by_layers:
             layers = {
                 id(layer)
                 for layer in map(_layer_of, var_list)
                 if layer is not None
             }
             few = min(max(len(layers), _FEWEST_LAYERS), _LAYERS)
-            self._optimizer_map.factor = math.sqrt(_LAYERS / few)
+            by_variable.layers_factor = math.sqrt(_LAYERS / few)
         super().build(var_list)
 
 

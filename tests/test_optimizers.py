@@ -378,6 +378,87 @@ def test_the_rate_follows_another_number_of_layers(data):
     assert rates == pytest.approx([RATE_OF_MANY * 8 / 3] * 9)
 
 
+def rates_of_rest(model, **kwargs):
+    """Returns the peak rates of what is no vector, by its path's end."""
+    optimizer = keras_vera.vera_optimizer(total_steps=100, **kwargs)
+    optimizer.build(model.trainable_variables)
+    rates = {}
+    for part in optimizer.optimizers:
+        rate = part.get_config()["learning_rate"]
+        rate = rate["config"]["warmup_target"] if type(rate) is dict else rate
+        for v in part._trainable_variables:
+            if not v.name.startswith("vera_lambda"):
+                rates["/".join(v.path.split("/")[-2:])] = float(rate)
+    return rates
+
+
+def make_model_with_heads(*inputs):
+    backbone = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8)])
+    x = keras.Input((6,))
+    y = backbone(x)
+    for size in inputs:
+        y = keras.layers.Dense(size, trainable=False)(y)
+        y = keras.layers.Dense(2, name=f"head_{size}")(y)
+    y = keras.layers.LayerNormalization(name="norm")(y)
+    y = keras.layers.Reshape((2, 1))(y)
+    y = keras.layers.Conv1D(1, 1, name="conv")(y)
+    keras_vera.enable_vera(backbone, rank=2, targets="all-linear")
+    return keras.Model(x, y)
+
+
+def test_heads_of_many_inputs_have_a_lower_default_rate():
+    model = make_model_with_heads(1, 384, 512, 768, 1024, 1536, 4096)
+    rates = rates_of_rest(model)
+    expected = {
+        "head_1/kernel": 0.01,
+        "head_384/kernel": 0.01,
+        "head_512/kernel": 0.01,
+        "head_768/kernel": 0.005,
+        "head_1024/kernel": 0.005,
+        "head_1536/kernel": 0.003,
+        "head_4096/kernel": 0.003,
+        "head_4096/bias": 0.01,
+        "norm/gamma": 0.01,
+        "conv/kernel": 0.003,
+    }
+    assert {x: rates[x] for x in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rest, rate", [(0.02, 0.02), ("sgd", 0.01)])
+def test_a_given_rate_is_that_of_all_else(rest, rate):
+    rates = rates_of_rest(make_model_with_heads(4096), rest=rest)
+    assert list(rates.values()) == pytest.approx([rate] * len(rates))
+
+
+def test_all_else_has_its_rates_beside_a_given_optimizer():
+    vectors = keras.optimizers.Adam(0.5)
+    rates = rates_of_rest(make_model_with_heads(768), vectors=vectors)
+    assert rates["head_768/kernel"] == pytest.approx(0.005)
+
+
+def test_a_copy_has_the_rates_of_all_else():
+    # As of one that two models share, of which one is adapted anew.
+    optimizer = keras_vera.vera_optimizer(total_steps=100)
+    models = [make_model_with_heads(768), make_model_with_heads(768)]
+    for model in models:
+        model.compile(optimizer, "mse")
+    x, y = np.ones((4, 6)), np.ones((4, 2, 1))
+    models[1].fit(x, y, verbose=0)
+    backbone = models[0].layers[1]
+    keras_vera.disable_vera(backbone)
+    keras_vera.enable_vera(backbone, rank=3, targets="all-linear")
+    copied = models[0].optimizer
+    assert copied is not optimizer
+    copied.build(models[0].trainable_variables)
+    for of_layers in (copied, optimizer):
+        sizes = sorted(
+            part.get_config()["learning_rate"]["config"]["warmup_target"]
+            for part in of_layers.optimizers
+            if part.built
+        )
+        assert sizes == pytest.approx([0.003, 0.005, 0.01, 0.03 * 8**0.5])
+
+
 def test_rates_as_numbers(data):
     model = make_model(d_initial=1.0)
     spoil(model)

@@ -134,7 +134,10 @@ def _unbuilt_copy(optimizer):
     made = type(optimizer).from_config(optimizer.get_config())
     by_variable = getattr(optimizer, "_optimizer_map", None)
     if by_variable is not None and hasattr(by_variable, "values"):
-        made._optimizer_map.__class__ = type(by_variable)  # `named_in_files`
+        by_variable_made = made._optimizer_map
+        by_variable_made.__class__ = type(by_variable)  # `named_in_files`
+        for name, value in vars(by_variable).items():
+            vars(by_variable_made).setdefault(name, value)
     for one, original in zip(_parts(made), _parts(optimizer)):
         for name in (_EXCLUDED, f"{_EXCLUDED}_pattern"):
             if hasattr(original, name):
