@@ -112,7 +112,7 @@ def vera_optimizer(
     by_variable.by_start = by_start
     by_variable.by_layers = by_layers
     by_variable.least_of_rest = least_of_rest
-    return _ByLayers(by_variable)
+    return MultiOptimizer(by_variable)
 
 
 @_keras.named_in_files("keras.optimizers.OptimizerMap")
@@ -161,8 +161,11 @@ class _ByVariable(keras.optimizers.OptimizerMap):
 
 
 @_keras.named_in_files("keras.optimizers.MultiOptimizer")
-class _ByLayers(keras.optimizers.MultiOptimizer):
-    """Gives vectors a rate that suits how many layers train together."""
+class MultiOptimizer(keras.optimizers.MultiOptimizer):
+    """Gives vectors a rate that suits how many layers train together.
+
+    Its name is that of its class, which users see.
+    """
 
     def build(self, var_list):
         by_variable = self._optimizer_map

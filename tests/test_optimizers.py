@@ -606,6 +606,7 @@ def test_a_copy_of_a_shared_optimizer_has_the_rates(data):
 def test_files_hold_classes_of_keras_alone(tmp_path, data):
     model = make_model(d_initial=1.0)
     model.compile(keras_vera.vera_optimizer(total_steps=8), "mse")
+    assert model.optimizer.name.startswith("multi_optimizer")
     model.fit(*data, verbose=0)
     assert "keras_vera" not in str(keras.optimizers.serialize(model.optimizer))
     model.save(tmp_path / "model.keras")
