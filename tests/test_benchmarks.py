@@ -77,6 +77,23 @@ def test_evidence_of_texts(tmp_path, small_minilm):
 
 
 @pytest.mark.in_turn("torch")
+def test_rates_of_heads(small_minilm):
+    output = run(
+        *(FOLDER / "rates_of_heads.py", "--limit", "4", "--steps", "1"),
+        *("--batch_size", "4", "--rates", "0.1", "0.2"),
+    )
+    row = r"^(\D+): (\d+) inputs of (\d+\.\d+), 1 steps: 0.1: \d.*, 0.2: \d"
+    found = {
+        head: (int(inputs), float(size))
+        for head, inputs, size in re.findall(row, output, re.M)
+    }
+    inputs, size = found["first token"]
+    assert found["enlarged"] == (inputs, pytest.approx(2.5 * size, abs=0.02))
+    assert found["wide"][0] == 4 * inputs
+    assert found["two layers"][0] == inputs
+
+
+@pytest.mark.in_turn("torch")
 def test_lora_ranks(tmp_path, small_minilm):
     tiny_causal_lm().save_to_preset(tmp_path / "tiny")
     tables = []
