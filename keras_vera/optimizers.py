@@ -40,10 +40,10 @@ def vera_optimizer(
             together, and no more than for 8.
         rest: Float, the learning rate of Adam for all other trained variables,
             such as a task head. Or a Keras optimizer or its name. Defaults to
-            0.003, or, with `total_steps`, to `0.18 / sqrt(total_steps)` within
-            0.003 and 0.01: for vectors, and for kernels of `Dense` layers with
-            up to 384 inputs. With more, it is half for about each doubling, and
-            never less than 0.003, which all other weights have.
+            0.003. With `total_steps`, biases, scales of norms, and kernels of
+            `Dense` layers with up to 384 inputs have
+            `0.18 / sqrt(total_steps)` within 0.003 and 0.01; with more inputs,
+            half as much for about each doubling, but no less than 0.003.
         total_steps: Integer, how many steps will be made: epochs times
             batches. A rate, given or not, then rises to what it is in the
             first tenth of these, and falls to 0 by a cosine, where it stays.
