@@ -164,7 +164,7 @@ class _ByVariable(keras.optimizers.OptimizerMap):
 class MultiOptimizer(keras.optimizers.MultiOptimizer):
     """Gives vectors a rate that suits how many layers train together.
 
-    Its name is that of its class, which users see.
+    Optimizers are named after their class, which TensorFlow takes for a scope.
     """
 
     def build(self, var_list):
