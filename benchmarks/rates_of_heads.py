@@ -82,13 +82,14 @@ def main():
     args, options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         task = tasks.load("docstrings", folder, options=options)
+        few = tasks.first(task.validation, FEW)[0]
         for head in args.heads:
+            inputs = make_model(task, head)[-1]
+            size = np.abs(inputs.predict(few, verbose=0))
             losses = []
             for rate in args.rates:
                 keras.backend.clear_session()
-                model, backbone, inputs = make_model(task, head)
-                few = tasks.first(task.validation, FEW)[0]
-                size = np.abs(inputs.predict(few, verbose=0))
+                model, backbone, _ = make_model(task, head)
                 keras_vera.enable_vera(
                     backbone, rank=256, structure="blocks", seed=0
                 )
