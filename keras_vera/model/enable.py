@@ -71,8 +71,10 @@ def enable_vera(
             says nothing else. Defaults to `256`.
         seed: Integer in `[0, 2**64)`, makes `A` and `B`. Defaults to `0`.
         targets: Which layers to adapt: a role, a layer name, a regular
-            expression that matches whole layer paths, a function that takes a
-            layer and returns a boolean, or a list of these. A dict of ranks
+            expression that matches a whole `layer.path`, a function that takes
+            a layer and returns a boolean, or a list of these. Where no layer
+            has the name, the attribute that holds a layer counts, and where no
+            `layer.path` matches, the path in a weights file. A dict of ranks
             by these gives layers a rank of their own (`None` for `rank`; of
             several that match a layer, the last one counts). The roles are
             `"attention-qv"`, the query and value projections, as in the paper

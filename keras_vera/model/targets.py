@@ -17,9 +17,9 @@ def resolve_targets(targets, exclude, rank, paths):
 
     Args:
         targets: A role, a layer name, a regular expression that fullmatches
-            structural or Keras paths, a predicate, a list of these, or a dict
-            of ranks (`None` for `rank`) by these. Where several match a layer,
-            the last one counts.
+            Keras paths, or else structural ones, a predicate, a list of these,
+            or a dict of ranks (`None` for `rank`) by these. Where several
+            match a layer, the last one counts.
         exclude: As `targets`, without a dict; or `None`.
         rank: Integer.
         paths: Dict of the layers that can be meant, by structural path.
@@ -163,26 +163,31 @@ def _named(argument, target, paths, adaptable, refused):
 
 
 def matching(argument, target, paths):
-    """Returns the layers of this name or attribute, or that it matches."""
-    named = [
-        p
-        for p, layer in paths.items()
-        if target in (layer.name, p.rsplit("/", 1)[-1])
-    ]
-    if not named:
-        try:
-            pattern = re.compile(target)
-        except re.error as error:
-            raise ValueError(
-                f"`{argument}` holds {target!r}, which is neither a layer's "
-                f"name nor a valid regular expression ({error})."
-            ) from None
-        named = [
-            p
-            for p, layer in paths.items()
-            if pattern.fullmatch(p) or pattern.fullmatch(layer.path or "")
-        ]
-    return named
+    """Returns the layers that a name or a regular expression means.
+
+    Names and paths as Keras shows them go first. Those by which its saving
+    finds a layer have other layers' names in them: whichever `Dense` is second
+    in a list has a path that ends with `dense_1`.
+    """
+    found = [p for p, layer in paths.items() if layer.name == target]
+    found = found or [p for p in paths if target == _attribute(p, paths)]
+    if found:
+        return found
+    try:
+        pattern = re.compile(target)
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` holds {target!r}, which is neither a layer's "
+            f"name nor a valid regular expression ({error})."
+        ) from None
+    shown = [p for p, x in paths.items() if pattern.fullmatch(x.path or "")]
+    return shown or [p for p in paths if pattern.fullmatch(p)]
+
+
+def _attribute(path, paths):
+    """Returns the attribute of a layer that holds this one, or `None`."""
+    owner, _, name = path.rpartition("/")
+    return name if owner in paths else None
 
 
 def _raise_refused(argument, what, named, paths):

@@ -65,6 +65,85 @@ def test_regular_expression_matches_whole_paths():
         keras_vera.enable_vera(make_model(), targets="up")
 
 
+class WithAttributes(keras.Model):
+    """Holds layers under attributes that are names of others."""
+
+    def __init__(self):
+        super().__init__()
+        for number in (1, 2, 3):
+            name = f"dense_{number - 1}"
+            layer = keras.layers.Dense(4, name=name if number > 1 else "dense")
+            setattr(self, f"dense_{number}", layer)
+
+    def call(self, x):
+        return self.dense_3(self.dense_2(self.dense_1(x)))
+
+
+def make_flat_model(layers=4):
+    """Returns a model of layers that Keras names, as in any session."""
+    return keras.Sequential(
+        [keras.Input((4,)), *(keras.layers.Dense(4) for _ in range(layers))]
+    )
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+@pytest.mark.parametrize("as_target", ["{}", ".*{}", "(.*/)?{}"])
+def test_a_name_means_no_position(before, as_target):
+    # Keras numbers names on, and its files count the layers of each list.
+    keras.utils.clear_session()
+    for _ in range(before):
+        keras.layers.Dense(1)
+    model = make_flat_model()
+    names = [layer.name for layer in model.layers]
+    for name in names:
+        keras_vera.enable_vera(model, rank=2, targets=as_target.format(name))
+        assert [x.name for x in adapted(model)] == [name]
+        keras_vera.disable_vera(model)
+    others = [name for name in names if name != names[1]]
+    keras_vera.enable_vera(
+        model,
+        rank=2,
+        targets="all-linear",
+        exclude=as_target.format(names[1]),
+    )
+    assert [x.name for x in adapted(model)] == others
+    keras_vera.disable_vera(model)
+    keras_vera.enable_vera(
+        model, rank=2, targets=others, train=as_target.format(names[1])
+    )
+    assert model.layers[1].kernel.trainable
+    assert len(model.trainable_variables) == 2 * 3 + 2
+    keras_vera.disable_vera(model)
+    ranks = {as_target.format(name): i + 2 for i, name in enumerate(names)}
+    keras_vera.enable_vera(model, targets=ranks)
+    assert [x.vera_lambda_d.shape[0] for x in adapted(model)] == [2, 3, 4, 5]
+
+
+def test_a_name_of_no_layer_is_none_of_a_position():
+    keras.utils.clear_session()
+    keras.layers.Dense(1)
+    model = make_flat_model(2)
+    with pytest.raises(ValueError, match="'dense' matches no layer"):
+        keras_vera.enable_vera(model, rank=2, targets="dense")
+    keras_vera.enable_vera(model, rank=2, targets="layers/dense")
+    assert [x.name for x in adapted(model)] == ["dense_1"]
+
+
+def test_names_go_before_attributes():
+    model = WithAttributes()
+    model(np.ones((1, 4)))
+    for target, name in (
+        ("dense_1", "dense_1"),
+        ("dense_2", "dense_2"),
+        ("dense_3", "dense_2"),
+        (".*dense_1", "dense_1"),
+        (".*dense_3", "dense_2"),
+    ):
+        keras_vera.enable_vera(model, rank=2, targets=target)
+        assert [x.name for x in adapted(model)] == [name]
+        keras_vera.disable_vera(model)
+
+
 def test_attention_is_known_by_its_structure():
     # "value" alone, outside attention, is not a value projection.
     inputs = keras.Input((8,))
