@@ -1,5 +1,6 @@
 import math
 import numbers
+import re
 
 import keras
 
@@ -119,35 +120,55 @@ def vera_optimizer(
 class _ByVariable(keras.optimizers.OptimizerMap):
     """Gives each variable an optimizer whose rate suits it.
 
-    Files of a compiled model hold it as Keras' own class, to be loaded without
-    this package.
+    Files of a compiled model hold it as Keras' own class, which goes by the
+    paths of the variables, to be loaded without this package.
     """
 
     by_start = by_layers = False  # How the rates of vectors go.
-    layers_factor = 1.0  # `build` sets it anew.
     # Of the rate of all else, if that goes by inputs.
     least_of_rest: float | None = None
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._layers_factor = 1.0
+        # By whether it is for vectors, and the factor of its rate.
+        self._scaled, self._paths = {}, {}
+
+    def assign(self, variables):
+        """Forgets all other variables, and makes what these need.
+
+        Returns:
+            List of optimizers, in the order that they have in a file.
+        """
+        layers = {id(x) for x in map(_layer_of, variables) if x is not None}
+        few = min(max(len(layers), _FEWEST_LAYERS), _LAYERS)
+        self._layers_factor = math.sqrt(_LAYERS / few) if self.by_layers else 1
+        self._scaled, self._paths = {}, {}
+        for variable in variables:
+            self(variable)
+        return [*self.values(), *self._scaled.values(), self.default_optimizer]
+
     def __call__(self, variable):
         optimizer = self[variable.path]
+        of_vectors = optimizer is not self.default_optimizer
         with _keras.outside_of_tracing():
-            if optimizer is self.default_optimizer:
-                name, factor = "all else", self._factor_of_rest(variable)
+            if of_vectors:
+                factor = self._factor_of_vector(variable)
             else:
-                name, factor = _VECTORS, self._factor_of_vector(variable)
+                factor = self._factor_of_rest(variable)
+            key = of_vectors, f"{factor:g}"
+            self._paths.setdefault(key, []).append(variable.path)
             if factor == 1:
                 return optimizer
-            # No path is such a key.
-            key = f"{name} at {factor:g} times the rate"
-            if key not in list(self):
-                self[key] = _scaled(optimizer, factor)
-        return self[key]
+            if key not in self._scaled:
+                self._scaled[key] = _scaled(optimizer, factor)
+        return self._scaled[key]
 
     def _factor_of_vector(self, variable):
         layer = _layer_of(variable)
         if not self.by_start or layer is None:
             return 1
-        return self.layers_factor * rate_factor(layer, variable.name)
+        return self._layers_factor * rate_factor(layer, variable.name)
 
     def _factor_of_rest(self, variable):
         """Heads of many inputs move their outputs more in a step."""
@@ -159,25 +180,80 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         halvings = max(0, round(math.log2(shape[0] / _INPUTS)))
         return max(0.5**halvings, self.least_of_rest)
 
+    def get_config(self):
+        ends = _ends(self._paths)
+        by_path = {
+            f"(.*/)?({'|'.join(map(re.escape, ends[key]))})": optimizer
+            for key, optimizer in self._scaled.items()
+        }
+        # One path must not match two keys.
+        others = f"(?!(?:{'|'.join(by_path)})\\Z)" if by_path else ""
+        (vectors,) = self.values()
+        plain = keras.optimizers.OptimizerMap(
+            self.default_optimizer, {others + _VECTORS: vectors, **by_path}
+        )
+        # Keras' own class leaves it alone.
+        rates = {name: getattr(self, name) for name in _SETTINGS}
+        return {**plain.get_config(), "rates": rates}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Returns one that has yet to see its variables."""
+        plain = keras.optimizers.OptimizerMap.from_config(
+            config, custom_objects
+        )
+        vectors = next(x for key, x in plain.items() if key.endswith(_VECTORS))
+        made = cls(plain.default_optimizer, {_VECTORS: vectors})
+        vars(made).update(config["rates"])
+        return made
+
+
+_SETTINGS = ("by_start", "by_layers", "least_of_rest")
+
 
 @_keras.named_in_files("keras.optimizers.MultiOptimizer")
 class MultiOptimizer(keras.optimizers.MultiOptimizer):
-    """Gives vectors a rate that suits how many layers train together.
+    """Gives variables rates that suit them and how many layers train.
 
     Optimizers are named after their class, which TensorFlow takes for a scope.
     """
 
     def build(self, var_list):
-        by_variable = self._optimizer_map
-        if not self.built and by_variable.by_layers:
-            layers = {
-                id(layer)
-                for layer in map(_layer_of, var_list)
-                if layer is not None
-            }
-            few = min(max(len(layers), _FEWEST_LAYERS), _LAYERS)
-            by_variable.layers_factor = math.sqrt(_LAYERS / few)
+        if not self.built:
+            self._inner_optimizers = self._optimizer_map.assign(var_list)
+            for optimizer in self._inner_optimizers:
+                optimizer.loss_scale_factor = self.loss_scale_factor
         super().build(var_list)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        by_variable = _ByVariable.from_config(
+            config["optimizer_map"]["config"], custom_objects
+        )
+        return cls(**{**config, "optimizer_map": by_variable})
+
+
+def _ends(paths):
+    """Returns ends of paths that tell apart which key they belong to.
+
+    A loaded model may lack what its variables' paths began with.
+
+    Args:
+        paths: Dictionary of lists of paths.
+    """
+    parts = {key: [p.split("/") for p in own] for key, own in paths.items()}
+    longest = max((len(x) for own in parts.values() for x in own), default=0)
+    size = 2
+    while True:
+        ends = {
+            # Without a second time, in order.
+            key: list(dict.fromkeys("/".join(x[-size:]) for x in own))
+            for key, own in parts.items()
+        }
+        different = len(set().union(*ends.values()))
+        if different == sum(map(len, ends.values())) or size >= longest:
+            return ends
+        size += 1
 
 
 def _layer_of(variable):

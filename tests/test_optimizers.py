@@ -107,9 +107,6 @@ def test_state_survives_saving(tmp_path, data, d_initial):
     model = make_model(d_initial=d_initial)
     model.compile(keras_vera.vera_optimizer(), "mse")
     model.fit(*data, verbose=0)
-    config = model.optimizer.get_config()
-    rebuilt = keras.optimizers.MultiOptimizer.from_config(config)
-    assert rebuilt.get_config() == config
     model.save_weights(tmp_path / "model.weights.h5")
     expected = [
         ops.convert_to_numpy(v).copy() for v in model.optimizer.variables
@@ -614,6 +611,105 @@ def test_files_hold_classes_of_keras_alone(tmp_path, data):
         loaded = keras.models.load_model(tmp_path / "model.keras")
     map_class = type(loaded.optimizer._optimizer_map)
     assert map_class is keras.optimizers.OptimizerMap
+
+
+def make_own_model(projection):
+    """Returns one of layers with an adapter, whose rates differ."""
+    dense = keras_vera.layers.VeRADense
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            dense(8, projection=projection, d_initial=0.5, name="a-b"),
+            dense(8, projection=projection),
+            dense(8, projection=projection, d_initial=0.5),
+            keras.layers.Reshape((8, 1)),
+            keras.layers.Conv1D(1, 1),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    kernel = model.layers[1]._kernel
+    kernel.assign(4 * np.eye(8))
+    return model
+
+
+def rates_of_variables(model):
+    """Returns the rate of each trained variable, by its path."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    rates = {}
+    for part in optimizer.optimizers:
+        rate = float(ops.convert_to_numpy(part.learning_rate))
+        for variable in part._trainable_variables:
+            end = "/".join(variable.path.split("/")[-2:])
+            rates[end] = pytest.approx(rate)
+    assert len(rates) == len(model.trainable_variables)
+    return rates
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("total_steps", [None, 20])
+def test_a_file_keeps_the_rates_of_layers(tmp_path, data, total_steps):
+    model = make_own_model(keras_vera.SharedProjection(seed=0, rank=4))
+    model.compile(keras_vera.vera_optimizer(total_steps=total_steps), "mse")
+    model.fit(*data, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert rates_of_variables(loaded) == rates_of_variables(model)
+    assert len({str(x) for x in rates_of_variables(loaded).values()}) > 3
+    for x in (model, loaded):
+        x.fit(*data, shuffle=False, verbose=0)
+    for v, expected in zip(
+        [*loaded.weights, *loaded.optimizer.variables],
+        [*model.weights, *model.optimizer.variables],
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(v),
+            ops.convert_to_numpy(expected),
+            rtol=1e-6,
+            atol=1e-7,
+        )
+
+
+def test_one_from_a_config_is_for_any_model(data):
+    model = make_own_model(keras_vera.SharedProjection(seed=0, rank=4))
+    model.compile(keras_vera.vera_optimizer(total_steps=20), "mse")
+    model.fit(*data, verbose=0)
+    expected = rates_of_variables(model)
+    other, _ = make_deep_model(16)
+    made = model.optimizer
+    for _ in range(2):
+        made = type(made).from_config(made.get_config())
+        # By steps, times 2 by layers, and half of it in the first of two.
+        rates = rates_of_layers(other, made)
+        assert rates == pytest.approx([0.05] * 16)
+    made = type(made).from_config(made.get_config())
+    model.compile(made, "mse")
+    model.fit(*data, verbose=0)
+    assert rates_of_variables(model) == expected
+
+
+def test_a_copy_with_loss_scaling_has_the_rates(data):
+    optimizer = keras_vera.vera_optimizer()
+    optimizer.optimizers[0].exclude_from_weight_decay(var_names=["x"])
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    models = [make_deep_model(16) for _ in range(2)]
+    for model, _ in models:
+        model.compile(optimizer, "mse")
+    models[1][0].fit(*data, verbose=0)
+    model, backbone = models[0]
+    names = [layer.name for layer in backbone.layers[:9]]
+    keras_vera.disable_vera(backbone)
+    keras_vera.enable_vera(backbone, rank=2, targets=names)
+    copied = model.optimizer
+    assert copied is not optimizer
+    rates = rates_of_layers(model, copied.inner_optimizer)
+    assert rates == pytest.approx([RATE_OF_MANY * 8 / 3] * 9)
+    patterns = [
+        getattr(part, "_exclude_from_weight_decay_pattern", None) is not None
+        for part in copied.inner_optimizer.optimizers
+    ]
+    assert patterns == [True, False, False]
 
 
 def test_rates_in_a_bank(tmp_path, rng):

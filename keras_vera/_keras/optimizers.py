@@ -131,26 +131,47 @@ def _trains(optimizer, model):
 
 
 def _unbuilt_copy(optimizer):
-    made = type(optimizer).from_config(optimizer.get_config())
-    by_variable = getattr(optimizer, "_optimizer_map", None)
-    if by_variable is not None and hasattr(by_variable, "values"):
-        by_variable_made = made._optimizer_map
-        by_variable_made.__class__ = type(by_variable)  # `named_in_files`
-        for name, value in vars(by_variable).items():
-            vars(by_variable_made).setdefault(name, value)
-    for one, original in zip(_parts(made), _parts(optimizer)):
+    config = optimizer.get_config()
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is None:
+        made = type(optimizer).from_config(config)
+    else:
+        # From its config, it would be of the class that files name.
+        config["inner_optimizer"] = _unbuilt_copy(inner)
+        made = type(optimizer)(**config)
+    for one, original in zip(_parts(made), _parts(optimizer, given=True)):
         for name in (_EXCLUDED, f"{_EXCLUDED}_pattern"):
             if hasattr(original, name):
                 setattr(one, name, copy.copy(getattr(original, name)))
     return made
 
 
-def _parts(optimizer):
-    """Returns the optimizer and those inside it."""
+def _parts(optimizer, given=False):
+    """Returns the optimizer and those inside it.
+
+    Args:
+        optimizer: An optimizer.
+        given: Whether to leave out what it made by itself.
+    """
     inner = getattr(optimizer, "inner_optimizer", None)
     inner = [] if inner is None else [inner]
-    inner += getattr(optimizer, "optimizers", [])
-    return [optimizer, *(part for each in inner for part in _parts(each))]
+    several = getattr(optimizer, "optimizers", [])
+    inner += _given(optimizer) if given else several
+    return [optimizer, *(part for x in inner for part in _parts(x, given))]
+
+
+def _given(optimizer):
+    """Returns the optimizers that a `MultiOptimizer` was made of."""
+    by_variable = getattr(optimizer, "_optimizer_map", None)
+    listed = [getattr(by_variable, "default_optimizer", None)]
+    # Those that a function picks come again when it is asked again.
+    if hasattr(by_variable, "values"):
+        listed += by_variable.values()
+    return [
+        part
+        for part in getattr(optimizer, "optimizers", [])
+        if any(part is one for one in listed)
+    ]
 
 
 def _undo_build(optimizer, living):
@@ -167,18 +188,8 @@ def _undo_build(optimizer, living):
     for part in _parts(optimizer):
         if part.built:
             _undo_own_build(part, living)
-    by_variable = getattr(optimizer, "_optimizer_map", None)
-    if by_variable is None:
-        return
-    # Those that a function picks come again when it is asked again.
-    listed = [getattr(by_variable, "default_optimizer", None)]
-    if hasattr(by_variable, "values"):
-        listed += by_variable.values()
-    optimizer._inner_optimizers = [
-        part
-        for part in optimizer.optimizers
-        if any(part is one for one in listed)
-    ]
+        if hasattr(part, "_optimizer_map"):
+            part._inner_optimizers = _given(part)
 
 
 def _undo_own_build(optimizer, living):
