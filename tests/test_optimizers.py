@@ -671,6 +671,51 @@ def test_a_file_keeps_the_rates_of_layers(tmp_path, data, total_steps):
         )
 
 
+@keras.saving.register_keras_serializable("keras_vera_tests")
+class Tower(keras.layers.Layer):
+    """Holds a layer of the same name as others do."""
+
+    def __init__(self, d_initial, **kwargs):
+        super().__init__(**kwargs)
+        self.d_initial = d_initial
+        projection = keras_vera.SharedProjection(seed=0, rank=4)
+        self.dense = keras_vera.layers.VeRADense(
+            3, projection=projection, d_initial=d_initial, name="dense"
+        )
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def get_config(self):
+        return {**super().get_config(), "d_initial": self.d_initial}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_file_tells_layers_of_one_name_apart(tmp_path, data):
+    x = keras.Input((6,))
+    towers = [Tower(0.1, name="left"), Tower(0.8, name="right")]
+    y = keras.layers.Add()([tower(x) for tower in towers])
+    model = keras.Model(x, y)
+    model.compile(keras_vera.vera_optimizer(), "mse")
+    model.fit(*data, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    rates = {
+        v.path: round(float(ops.convert_to_numpy(part.learning_rate)), 6)
+        for part in loaded.optimizer.optimizers
+        for v in part._trainable_variables
+    }
+    assert rates == {
+        "left/dense/vera_lambda_d": round(RATE, 6),
+        "left/dense/vera_lambda_b": round(RATE, 6),
+        "right/dense/vera_lambda_d": round(RATE * 8, 6),
+        "right/dense/vera_lambda_b": round(RATE / 8, 6),
+    }
+
+
 def test_one_from_a_config_is_for_any_model(data):
     model = make_own_model(keras_vera.SharedProjection(seed=0, rank=4))
     model.compile(keras_vera.vera_optimizer(total_steps=20), "mse")
