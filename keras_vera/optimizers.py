@@ -313,4 +313,38 @@ def _scaled(optimizer, factor):
             rate["config"][name] *= factor
     else:
         config["learning_rate"] = rate * factor
-    return type(optimizer).from_config(config)
+    made = type(optimizer).from_config(config)
+    _keras.mix_in(_Scaled, made)
+    made.rate_factor = factor
+    return made
+
+
+class _Scaled:
+    """Before a Keras optimizer class: trains at a multiple of its rate.
+
+    Callbacks such as `LearningRateScheduler` give one rate to all optimizers.
+    All else, and files, have the rate with which it trains.
+    """
+
+    rate_factor = 1.0
+
+    @property
+    def learning_rate(self):
+        return super().learning_rate / self.rate_factor
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        if callable(value):
+            raise ValueError(
+                "`learning_rate` of an optimizer that `vera_optimizer` made "
+                f"must be a number. Received: {value!r}. Give "
+                "`vera_optimizer` an optimizer with this schedule."
+            )
+        keras.optimizers.Optimizer.learning_rate.fset(
+            self, value * self.rate_factor
+        )
+
+    def _backend_update_step(self, grads, variables, learning_rate):
+        super()._backend_update_step(
+            grads, variables, learning_rate * self.rate_factor
+        )

@@ -31,6 +31,12 @@ def make_model(**kwargs):
     return model
 
 
+def rate_of(optimizer):
+    """Returns the rate of the next step, not the one that callbacks see."""
+    rate = optimizer._get_current_learning_rate()
+    return float(ops.convert_to_numpy(rate))
+
+
 def moves(model, optimizer, x, y):
     """Returns the largest step of every trained variable, by name."""
     model.compile(optimizer, "mse")
@@ -322,7 +328,7 @@ def rates_of_layers(model, optimizer):
     optimizer.build(model.trainable_variables)
     rates = {}
     for part in optimizer.optimizers:
-        rate = float(ops.convert_to_numpy(part.learning_rate))
+        rate = rate_of(part)
         for variable in part._trainable_variables:
             if variable.name.startswith("vera_lambda"):
                 rates.setdefault(id(variable.vera_layer()), set()).add(rate)
@@ -466,6 +472,72 @@ def test_rates_as_numbers(data):
         assert step == pytest.approx(rate, rel=0.01), name
 
 
+def trained(optimizer, data, callbacks=(), epochs=1):
+    """Returns the weights of a model after a training, and the model."""
+    model = make_model(d_initial=1.0)
+    rng = np.random.default_rng(0)
+    for v in model.weights:
+        v.assign(rng.normal(size=v.shape))
+    # So that the rate of `b` follows a large base as well.
+    adapted(model)[0]._kernel.assign(4 * np.ones((6, 8)))
+    model.compile(optimizer, "mse")
+    model.fit(
+        *data,
+        shuffle=False,
+        callbacks=list(callbacks),
+        epochs=epochs,
+        verbose=0,
+    )
+    return [ops.convert_to_numpy(v) for v in model.trainable_variables], model
+
+
+def check_trained_alike(found, expected):
+    for value, other in zip(found[0], expected[0], strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_callbacks_set_rates_as_users_do(data):
+    # Keras' own set all rates alike, from the first epoch on.
+    fixed = keras.callbacks.LearningRateScheduler(lambda epoch: 0.02)
+    optimizer = keras_vera.vera_optimizer
+    expected = trained(optimizer(0.02, 0.02), data, epochs=3)
+    found = trained(optimizer(0.5, 0.7), data, [fixed], epochs=3)
+    check_trained_alike(found, expected)
+    assert {
+        round(float(ops.convert_to_numpy(part.learning_rate)), 6)
+        for part in found[1].optimizer.optimizers
+    } == {0.02}
+    # Units of the default rate, which is higher for few layers.
+    expected = trained(optimizer(0.02 * FACTOR_OF_FEW, 0.02), data, epochs=3)
+    check_trained_alike(trained(optimizer(), data, [fixed], 3), expected)
+
+
+def test_callbacks_multiply_rates(data):
+    halved = keras.callbacks.LearningRateScheduler(lambda epoch, x: x / 2)
+    expected = trained(keras_vera.vera_optimizer(0.01, 0.02), data)
+    found = trained(keras_vera.vera_optimizer(0.02, 0.04), data, [halved])
+    check_trained_alike(found, expected)
+
+
+def test_a_plateau_lowers_all_rates(data):
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        "loss", factor=0.1, patience=0, min_delta=100
+    )
+    _, model = trained(keras_vera.vera_optimizer(), data, epochs=3)
+    before = [rate_of(part) for part in model.optimizer.optimizers]
+    _, model = trained(keras_vera.vera_optimizer(), data, [plateau], 3)
+    after = [rate_of(part) for part in model.optimizer.optimizers]
+    assert len(set(before)) == 4
+    np.testing.assert_allclose(after, np.array(before) / 100, rtol=1e-5)
+
+
+def test_a_rate_of_its_own_is_a_number(data):
+    _, model = trained(keras_vera.vera_optimizer(), data)
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    with pytest.raises(ValueError, match="optimizer with this schedule"):
+        model.optimizer.optimizers[1].learning_rate = schedule
+
+
 def test_optimizers_that_are_given_stay_as_they_are(data):
     model = make_model(d_initial=1.0)
     spoil(model)
@@ -495,7 +567,7 @@ def test_total_steps():
         rates.append(peak)
         for step, factor in zip(steps, factors, strict=True):
             part.iterations.assign(int(step))
-            rate = float(ops.convert_to_numpy(part.learning_rate))
+            rate = rate_of(part)
             assert rate == pytest.approx(peak * factor, rel=1e-5, abs=1e-9)
     rate = FACTOR_OF_FEW * 0.3 / 40**0.5
     expected = [0.01, rate / 10, rate * 10]
@@ -638,7 +710,7 @@ def rates_of_variables(model):
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     rates = {}
     for part in optimizer.optimizers:
-        rate = float(ops.convert_to_numpy(part.learning_rate))
+        rate = rate_of(part)
         for variable in part._trainable_variables:
             end = "/".join(variable.path.split("/")[-2:])
             rates[end] = pytest.approx(rate)
@@ -704,7 +776,7 @@ def test_a_file_tells_layers_of_one_name_apart(tmp_path, data):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     rates = {
-        v.path: round(float(ops.convert_to_numpy(part.learning_rate)), 6)
+        v.path: round(rate_of(part), 6)
         for part in loaded.optimizer.optimizers
         for v in part._trainable_variables
     }

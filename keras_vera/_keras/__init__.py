@@ -47,7 +47,7 @@ from keras_vera._keras.models import living_models as living_models
 from keras_vera._keras.models import remember_model as remember_model
 from keras_vera._keras.models import reset_compiled as reset_compiled
 from keras_vera._keras.optimizers import in_any_replica as in_any_replica
-from keras_vera._keras.optimizers import name_in_files as name_in_files
+from keras_vera._keras.optimizers import mix_in as mix_in
 from keras_vera._keras.optimizers import named_in_files as named_in_files
 from keras_vera._keras.optimizers import (
     outside_of_tracing as outside_of_tracing,

@@ -3,8 +3,6 @@
 A dense step of Adam moves whatever has moments, also what had no gradient.
 """
 
-import functools
-
 import keras
 import numpy as np
 from keras import ops
@@ -54,7 +52,7 @@ class TrainsRows:
         )
         for part in getattr(self, "optimizers", [self]):
             if not isinstance(part, _CountsRows):
-                part.__class__ = _row_class(_CountsRows, type(part))
+                _keras.mix_in(_CountsRows, part)
             # Not an attribute, whose variable would be tracked again.
             vars(part)["_counts"] = self._row_iterations
 
@@ -139,7 +137,7 @@ def train_rows(optimizer):
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     _check(inner)
     if not isinstance(inner, TrainsRows):
-        inner.__class__ = _row_class(TrainsRows, type(inner))
+        _keras.mix_in(TrainsRows, inner)
         if inner.built:
             inner.count_rows()
     return optimizer
@@ -221,15 +219,3 @@ def _check(optimizer):
                     "the adapters of a bank. Received: "
                     f"{type(part).__name__}({option}={getattr(part, option)})"
                 )
-
-
-@functools.cache
-def _row_class(mixin, plain_class):
-    namespace = {
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-        "__doc__": plain_class.__doc__,
-    }
-    made = type(plain_class.__name__, (mixin, plain_class), namespace)
-    name = _keras.name_in_files(plain_class)
-    return made if name is None else _keras.named_in_files(name)(made)
