@@ -345,6 +345,6 @@ class _Scaled:
         )
 
     def _backend_update_step(self, grads, variables, learning_rate):
-        super()._backend_update_step(
-            grads, variables, learning_rate * self.rate_factor
-        )
+        del learning_rate  # The one that is shown.
+        rate = self._get_current_learning_rate()
+        super()._backend_update_step(grads, variables, rate)
