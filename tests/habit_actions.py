@@ -25,6 +25,9 @@ from helpers import spoil
 
 import keras_vera
 
+# Of the first dense layer, if there is one; the second has this position.
+NAME = "dense_1"
+
 
 @action
 class Enable(Action):
@@ -75,7 +78,10 @@ class Enable(Action):
         if accepted(world, call, must and self.train is None):
             world.begin_adapted(truth)
             world.note_trained(self.train)
-            check(adapted(world.model), "nothing is adapted")
+            names = {layer.name for layer in adapted(world.model)}
+            check(names, "nothing is adapted")
+            if self.targets == NAME:
+                check(names == {NAME}, "another name is adapted")
             kept = optimizer_of(world.model) is optimizer
             check(kept, "another optimizer object")
 

@@ -1,5 +1,6 @@
 """Random small models, each described by a recipe that builds it again."""
 
+import collections
 import dataclasses
 
 import keras
@@ -157,19 +158,30 @@ HEAD = {
 }
 
 
+# Of classes with the same names from Keras.
+CLASSES_OF = {"hidden": "dense", "conv": "conv1d", "einsum": "einsum_dense"}
+
+
 def make_stages(inputs, stages):
-    """Returns the layers of a body, or of a head for `inputs=None`."""
+    """Returns the layers of a body, or of a head for `inputs=None`.
+
+    They are named as Keras would after the first of each class: names of
+    layers are positions of others in their list.
+    """
     made, table = [], HEAD if inputs is None else BODY
+    counts = collections.Counter()
     if inputs == "tokens":
         made.append(layers.Embedding(VOCABULARY, WIDTH, name="embedding"))
     first = None
-    for number, stage in enumerate(stages):
+    for stage in stages:
         if stage == AGAIN:
             if first is not None:
                 made.append(first)
             continue
-        where = "head" if inputs is None else "body"
-        layer = table[stage](f"{where}_{number}_{stage.replace(' ', '_')}")
+        kind = CLASSES_OF.get(stage, stage.replace(" ", "_"))
+        counts[kind] += 1
+        number = counts[kind] + (10 if inputs is None else 0)
+        layer = table[stage](f"{kind}_{number}")
         if stage == "dense" and first is None:
             first = layer
         made.append(layer)

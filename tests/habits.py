@@ -1,6 +1,7 @@
 """All that users do to a model, and a sequence of it."""
 
 import keras
+from habit_actions import NAME as NAME
 from habit_actions import AddHead as AddHead
 from habit_actions import Base as Base
 from habit_actions import Compile as Compile

@@ -36,6 +36,7 @@ TARGETS = [
     ["all-linear", "conv"],
     "last",
     ".*inner",
+    habits.NAME,
 ]
 OPTIMIZERS = ["sgd", "momentum", "adamw", "accumulating", "vera"]
 
