@@ -718,7 +718,7 @@ def rates_of_variables(model):
     return rates
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error:Skipping variable loading")
 @pytest.mark.parametrize("total_steps", [None, 20])
 def test_a_file_keeps_the_rates_of_layers(tmp_path, data, total_steps):
     model = make_own_model(keras_vera.SharedProjection(seed=0, rank=4))
@@ -765,7 +765,7 @@ class Tower(keras.layers.Layer):
         return {**super().get_config(), "d_initial": self.d_initial}
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error:Skipping variable loading")
 def test_a_file_tells_layers_of_one_name_apart(tmp_path, data):
     x = keras.Input((6,))
     towers = [Tower(0.1, name="left"), Tower(0.8, name="right")]
