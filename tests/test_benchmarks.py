@@ -178,6 +178,7 @@ def test_plans(tmp_path):
 
 
 @pytest.mark.in_turn("tensorflow")
+@pytest.mark.skipif(backend() == "torch", reason="Nothing is compiled.")
 def test_first_step():
     output = run(FOLDER / "first_step.py", "--layers", "1", "--hidden", "144")
     found = dict(re.findall(r"^\| (\S+) \| ([\d,]*) \| \d.*\(", output, re.M))
