@@ -43,6 +43,8 @@ class _MatrixKind(VeRALayer):
     def call(self, inputs, training=None):
         if self._is_base:
             return super().call(inputs, training=training)
+        # Keras lets sparse inputs into its layers.
+        inputs = ops.convert_to_tensor(inputs, sparse=False)
         tokens = self._vera_layout.contraction.tokens(inputs.shape)
         if not self._is_folded(tokens, training):
             return self._added_call(inputs, training=training)

@@ -7,9 +7,11 @@ import keras
 
 from keras_vera import _keras
 from keras_vera.layers import _legacy_files  # noqa: F401 - serves such files.
+from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._in_place import adapt_layer
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.layers._in_place import restore_layer
+from keras_vera.layers._kinds import family_of
 from keras_vera.layers._kinds import kind_of
 from keras_vera.layers._kinds import reason_against
 from keras_vera.model.frozen import FrozenBase
@@ -70,6 +72,7 @@ class Adaptation:
 
     def apply(self, model):
         """Adapts the layers; on failure, the model is as it was."""
+        _check_kernels_are_own(model, self.layers)
         _keras.synchronize(model)
         self.outside.note(model, self.frozen.layers)
         try:
@@ -188,6 +191,27 @@ def check_layer(layer, path):
             "or leave this layer out of `targets`."
         )
     kind_of(type(layer))._make_contraction(layer)
+
+
+def _check_kernels_are_own(model, layers):
+    """Raises if another layer has the kernel of one that is to be adapted.
+
+    Merged, and in Keras' files, the adapter would be in both.
+    """
+    owners = {}
+    for layer in _keras.flatten_layers(model):
+        # A wrapper may hold the kernel too, and leaves its use to the layer.
+        if layer.built and family_of(type(layer)) is not None:
+            owners.setdefault(id(stored_kernel(layer)), set()).add(layer)
+    for layer in layers:
+        others = owners.get(id(stored_kernel(layer)), set()) - {layer}
+        if others:
+            raise ValueError(
+                f"The layer '{layer.name}' shares its kernel with "
+                f"{sorted(x.name for x in others)}, which would get its "
+                "adapter as well when it is merged. Leave it out of "
+                "`targets`, or call one layer in both places."
+            )
 
 
 def check_mergeable(model, layers):

@@ -548,3 +548,63 @@ def test_kernel_shows_the_adapter(x):
     )
     outputs = ops.convert_to_numpy(layer(x))
     assert largest_difference(outputs, expected) < 1e-5
+
+
+class SameKernel(keras.layers.Dense):
+    """Has the kernel of another layer, which is none of its parts."""
+
+    def __init__(self, units, other, **kwargs):
+        super().__init__(units, **kwargs)
+        self.other = [other]
+
+    def build(self, input_shape):
+        self._kernel = self.other[0]._kernel
+        self.bias = self.add_weight(shape=(self.units,), name="bias")
+        self.built = True
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["one"], ["other"]])
+def test_a_kernel_of_two_layers_is_refused(targets, rng):
+    """`merge` would put the adapter of one layer into both."""
+    one = keras.layers.Dense(6, name="one")
+    model = keras.Sequential(
+        [keras.Input((6,)), one, SameKernel(6, one, name="other")]
+    )
+    inputs = rng.normal(size=(3, 6)).astype("float32")
+    expected = predict(model, inputs)
+    with pytest.raises(ValueError, match="shares its kernel with"):
+        keras_vera.enable_vera(model, rank=3, targets=targets)
+    assert not adapted(model)
+    assert len(model.trainable_variables) == 3
+    np.testing.assert_array_equal(predict(model, inputs), expected)
+
+
+@pytest.mark.skipif(backend() == "torch", reason="Keras has no sparse tensors")
+@pytest.mark.parametrize("plan", ["folded", "additive"])
+def test_sparse_inputs(plan, rng):
+    dense = np.eye(8, 6, dtype="float32") * rng.normal(size=(8, 6))
+    dense = dense.astype("float32")
+    targets = rng.normal(size=(8, 3)).astype("float32")
+    if backend() == "tensorflow":
+        import tensorflow as tf
+
+        sparse = tf.sparse.from_dense(dense)
+    else:
+        from jax.experimental.sparse import BCOO
+
+        sparse = BCOO.fromdense(dense)
+    found = []
+    for inputs in (dense, sparse):
+        keras.utils.set_random_seed(0)
+        x = keras.Input((6,), sparse=inputs is sparse)
+        y = keras.layers.Dense(3)(keras.layers.Dense(8, "tanh")(x))
+        model = keras.Model(x, y)
+        keras_vera.enable_vera(model, rank=3, targets="all-linear", plan=plan)
+        spoil(model)
+        model.compile("sgd", "mse")
+        model.fit(inputs, targets, batch_size=8, shuffle=False, verbose=0)
+        found.append(
+            [*numpy_weights(model), ops.convert_to_numpy(model(inputs))]
+        )
+    for one, other in zip(*found, strict=True):
+        assert largest_difference(one, other) < 1e-5
