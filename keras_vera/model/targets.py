@@ -4,6 +4,8 @@ import difflib
 import re
 import warnings
 
+import keras
+
 from keras_vera.layers._kinds import reason_against
 from keras_vera.model.roles import ROLES
 from keras_vera.model.roles import TRAIN_ROLES
@@ -32,6 +34,8 @@ def resolve_targets(targets, exclude, rank, paths):
             can be adapted.
     """
     if isinstance(targets, dict):
+        if not all(map(_is_one, targets)):
+            _raise_no_target("targets", targets)
         ranks = {
             target: rank if own is None else check_integer("rank", own, 1)
             for target, own in targets.items()
@@ -75,24 +79,31 @@ def _warn_about(refused, paths):
 
 
 def listed(name, targets):
-    one = isinstance(targets, str) or callable(targets)
-    listed = [targets] if one else targets
+    listed = [targets] if _is_one(targets) else targets
     if (
         not isinstance(listed, (list, tuple))
         or not listed
-        or not all(t and (isinstance(t, str) or callable(t)) for t in listed)
+        or not all(map(_is_one, listed))
     ):
         _raise_no_target(name, targets)
     return listed
+
+
+def _is_one(target):
+    """Says whether it is text or a predicate; layers are callable as well."""
+    if isinstance(target, (type, keras.Layer)):
+        return False
+    return callable(target) or (isinstance(target, str) and bool(target))
 
 
 def _raise_no_target(name, targets):
     also = ", or a dict of ranks by these" if name == "targets" else ""
     roles = [*(TRAIN_ROLES if name == "train" else ()), *ROLES]
     raise ValueError(
-        f"`{name}` must be a role ({', '.join(map(repr, roles))}), a layer "
-        "name, a regular expression over layer paths, a predicate that takes "
-        f"a layer, or a list of these{also}. Received: {name}={targets!r}"
+        f"`{name}` must be a role ({', '.join(map(repr, roles))}), the name "
+        "of a layer, a regular expression over layer paths, a predicate that "
+        f"takes a layer, or a list of these{also}. "
+        f"Received: {name}={targets!r}"
     )
 
 

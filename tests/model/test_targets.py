@@ -175,6 +175,13 @@ def test_exclude(targets, exclude, expected):
         ({"exclude": "attention"}, "`exclude` leaves nothing of `targets`"),
         ({"exclude": {"query": 2}}, "`exclude` must be a role"),
         ({"targets": {}}, "`targets` must be a role .* targets={}"),
+        ({"targets": {3: 2}}, "`targets` must be a role .* targets={3: 2}"),
+        ({"targets": keras.layers.Dense}, "`targets` must be a role .*Dense"),
+        (
+            {"targets": ["mlp", keras.layers.Dense(3)]},
+            "`targets` must be a role .*Dense",
+        ),
+        ({"exclude": keras.layers.Dense}, "`exclude` must be a role"),
         ({"targets": {"query": 0}}, "`rank` must be .* rank=0"),
         ({"targets": {"qery": 2}}, "'qery' .* Did you mean 'query'"),
         ({"targets": "conv"}, r"'conv' matches no .*: .*'mlp' \(4\), 'all-l"),
