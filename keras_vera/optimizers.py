@@ -133,6 +133,9 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         self._layers_factor = 1.0
         # By whether it is for vectors, and the factor of its rate.
         self._scaled, self._paths = {}, {}
+        # Factors that a file has, by whether it is for vectors, and by the
+        # end of a path. Kernels, which say them as well, are read later.
+        self.recorded = {}
 
     def assign(self, variables):
         """Forgets all other variables, and makes what these need.
@@ -152,9 +155,10 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         optimizer = self[variable.path]
         of_vectors = optimizer is not self.default_optimizer
         with _keras.outside_of_tracing():
-            if of_vectors:
+            factor = self._recorded_factor(of_vectors, variable.path)
+            if factor is None and of_vectors:
                 factor = self._factor_of_vector(variable)
-            else:
+            elif factor is None:
                 factor = self._factor_of_rest(variable)
             key = of_vectors, f"{factor:g}"
             self._paths.setdefault(key, []).append(variable.path)
@@ -163,6 +167,12 @@ class _ByVariable(keras.optimizers.OptimizerMap):
             if key not in self._scaled:
                 self._scaled[key] = _scaled(optimizer, factor)
         return self._scaled[key]
+
+    def _recorded_factor(self, of_vectors, path):
+        parts = path.split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        found = (self.recorded.get((of_vectors, end)) for end in ends)
+        return next((x for x in found if x is not None), None)
 
     def _factor_of_vector(self, variable):
         layer = _layer_of(variable)
@@ -194,6 +204,10 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         )
         # Keras' own class leaves it alone.
         rates = {name: getattr(self, name) for name in _SETTINGS}
+        rates["factors"] = [
+            [key[0], getattr(self._scaled.get(key), "rate_factor", 1.0), own]
+            for key, own in ends.items()
+        ]
         return {**plain.get_config(), "rates": rates}
 
     @classmethod
@@ -204,7 +218,7 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         )
         vectors = next(x for key, x in plain.items() if key.endswith(_VECTORS))
         made = cls(plain.default_optimizer, {_VECTORS: vectors})
-        vars(made).update(config["rates"])
+        vars(made).update({x: config["rates"][x] for x in _SETTINGS})
         return made
 
 
@@ -224,6 +238,11 @@ class MultiOptimizer(keras.optimizers.MultiOptimizer):
             for optimizer in self._inner_optimizers:
                 optimizer.loss_scale_factor = self.loss_scale_factor
         super().build(var_list)
+        self._optimizer_map.recorded = {}
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        for optimizer in self.optimizers:
+            optimizer.exclude_from_weight_decay(var_list, var_names)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -231,6 +250,26 @@ class MultiOptimizer(keras.optimizers.MultiOptimizer):
             config["optimizer_map"]["config"], custom_objects
         )
         return cls(**{**config, "optimizer_map": by_variable})
+
+
+@_keras.read_from_files_as("keras.optimizers.MultiOptimizer")
+class _InFiles:
+    """Reads what files name as Keras' class, which may be either one."""
+
+    @staticmethod
+    def from_config(config, custom_objects=None):
+        rates = config["optimizer_map"]["config"].get("rates")
+        if rates is None:
+            return keras.optimizers.MultiOptimizer.from_config(
+                config, custom_objects
+            )
+        made = MultiOptimizer.from_config(config, custom_objects)
+        made._optimizer_map.recorded = {
+            (of_vectors, end): factor
+            for of_vectors, factor, ends in rates.get("factors", ())
+            for end in ends
+        }
+        return made
 
 
 def _ends(paths):
@@ -309,10 +348,14 @@ def _scaled(optimizer, factor):
     config = optimizer.get_config()
     rate = config["learning_rate"]
     if isinstance(rate, dict):
+        # While a file is loaded, Keras makes what has one id once.
+        rate.pop("shared_object_id", None)
         for name in ("initial_learning_rate", "warmup_target"):
             rate["config"][name] *= factor
     else:
         config["learning_rate"] = rate * factor
+    # Variables of two optimizers must not have one path (`get_state_tree`).
+    config["name"] = f"{config['name']}_{factor:g}"
     made = type(optimizer).from_config(config)
     _keras.mix_in(_Scaled, made)
     made.rate_factor = factor

@@ -7,6 +7,7 @@ from banks import make_files
 from helpers import adapted
 from helpers import spoil
 from keras import ops
+from keras.src import api_export
 
 import keras_vera
 from keras_vera.layers._rates import base_size
@@ -29,6 +30,11 @@ def make_model(**kwargs):
     kwargs = {"rank": 4, "targets": "all-linear", **kwargs}
     keras_vera.enable_vera(backbone, **kwargs)
     return model
+
+
+def seeded_model(**kwargs):
+    keras.utils.set_random_seed(0)
+    return make_model(**kwargs)
 
 
 def rate_of(optimizer):
@@ -128,6 +134,16 @@ def test_state_survives_saving(tmp_path, data, d_initial):
         model.optimizer.variables, expected, strict=True
     ):
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+
+
+def test_variables_of_the_state_have_paths_of_their_own(data):
+    """`get_state_tree`, and with it `OrbaxCheckpoint`, goes by them."""
+    model = make_model(d_initial=0.5)
+    model.compile(keras_vera.vera_optimizer(total_steps=9), "mse")
+    model.fit(*data, verbose=0)
+    tree = model.get_state_tree(value_format="numpy_array")
+    found = keras.tree.flatten(tree["optimizer_variables"])
+    assert len(found) == len(model.optimizer.variables)
 
 
 def test_one_optimizer_for_both_is_refused():
@@ -677,17 +693,77 @@ def test_a_copy_of_a_shared_optimizer_has_the_rates(data):
     check_default_steps(steps, 0.5)
 
 
-def test_files_hold_classes_of_keras_alone(tmp_path, data):
+def test_files_hold_classes_of_keras_alone(tmp_path, data, monkeypatch):
     model = make_model(d_initial=1.0)
     model.compile(keras_vera.vera_optimizer(total_steps=8), "mse")
     assert model.optimizer.name.startswith("multi_optimizer")
     model.fit(*data, verbose=0)
     assert "keras_vera" not in str(keras.optimizers.serialize(model.optimizer))
     model.save(tmp_path / "model.keras")
+    # As where this package is not there.
+    monkeypatch.setitem(
+        api_export.REGISTERED_NAMES_TO_OBJS,
+        "keras.optimizers.MultiOptimizer",
+        keras.optimizers.MultiOptimizer,
+    )
     with pytest.warns(UserWarning, match="Skipping variable loading"):
         loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is keras.optimizers.MultiOptimizer
     map_class = type(loaded.optimizer._optimizer_map)
     assert map_class is keras.optimizers.OptimizerMap
+
+
+def test_other_optimizers_are_read_as_they_are(data):
+    plain = keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(
+            keras.optimizers.SGD(0.1), {".*bias": keras.optimizers.Adam(0.2)}
+        )
+    )
+    config = keras.optimizers.serialize(plain)
+    read = keras.optimizers.deserialize({**config})
+    assert type(read) is keras.optimizers.MultiOptimizer
+    assert keras.optimizers.serialize(read) == config
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("total_steps", [None, 20])
+def test_rates_go_through_serialization(data, total_steps, is_built):
+    """As in `compile_from_config`, which `clone_model` and files call."""
+    model, *others = (seeded_model(d_initial=0.5) for _ in range(3))
+    model.compile(keras_vera.vera_optimizer(total_steps=total_steps), "mse")
+    if is_built:
+        model.optimizer.build(model.trainable_variables)
+    config = model.get_compile_config()
+    serialized = keras.optimizers.serialize(model.optimizer)
+    others[0].compile_from_config(config)
+    others[1].compile(keras.optimizers.deserialize(serialized), "mse")
+    for x in (model, *others):
+        x.fit(*data, shuffle=False, verbose=0)
+        for v, expected in zip(x.weights, model.weights, strict=True):
+            np.testing.assert_array_equal(
+                ops.convert_to_numpy(v), ops.convert_to_numpy(expected)
+            )
+
+
+@pytest.mark.parametrize("others", ["layers", "rates"])
+def test_what_is_excluded_from_weight_decay(data, others):
+    """As one optimizer for all variables does it."""
+    found = []
+    for make in (
+        lambda: keras.optimizers.AdamW(1e-3, weight_decay=0.5),
+        lambda: keras_vera.vera_optimizer(
+            *[keras.optimizers.AdamW(1e-3, weight_decay=0.5) for _ in "vr"]
+        ),
+    ):
+        model = seeded_model(d_initial=1.0)
+        optimizer = make()
+        names = {"layers": ["head"], "rates": ["vera_lambda", "bias"]}[others]
+        optimizer.exclude_from_weight_decay(var_names=names)
+        model.compile(optimizer, "mse")
+        model.fit(*data, shuffle=False, verbose=0)
+        found.append([ops.convert_to_numpy(v) for v in model.weights])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
 def make_own_model(projection):
@@ -791,6 +867,49 @@ def test_a_file_tells_layers_of_one_name_apart(tmp_path, data):
         "right/dense/vera_lambda_d": round(RATE * 8, 6),
         "right/dense/vera_lambda_b": round(RATE / 8, 6),
     }
+
+
+@pytest.mark.filterwarnings("error:Skipping variable loading")
+def test_a_file_of_nested_layers_of_one_name(tmp_path, data):
+    """Keras forgets what the paths of their variables began with."""
+    projection = keras_vera.SharedProjection(seed=0, rank=4)
+    inner = [
+        keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras_vera.layers.VeRADense(
+                    6, projection=projection, d_initial=d, name="dense"
+                ),
+            ]
+        )
+        for d in (0.1, 0.8)
+    ]
+    model = keras.Sequential([*inner, keras.layers.Dense(3)])
+    model.compile(keras_vera.vera_optimizer(), "mse")
+    model.fit(*data, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for x in (model, loaded):
+        x.fit(*data, shuffle=False, verbose=0)
+    for v, expected in zip(loaded.weights, model.weights, strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(v),
+            ops.convert_to_numpy(expected),
+            rtol=1e-6,
+            atol=1e-7,
+        )
+
+
+def test_a_file_of_a_model_that_has_not_trained(tmp_path, data):
+    """The sizes of its kernels are known later; these are of size 1."""
+    model = make_own_model(keras_vera.SharedProjection(seed=0, rank=4))
+    model.layers[1]._kernel.assign(np.eye(8))
+    model.compile(keras_vera.vera_optimizer(), "mse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for x in (model, loaded):
+        x.fit(*data, shuffle=False, verbose=0)
+    assert rates_of_variables(loaded) == rates_of_variables(model)
 
 
 def test_one_from_a_config_is_for_any_model(data):

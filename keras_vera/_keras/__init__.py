@@ -4,6 +4,7 @@ Written against Keras 3.15. What each function relies on is said there; a
 release of Keras that changes it breaks this folder alone.
 """
 
+from keras_vera._keras import backends as backends
 from keras_vera._keras.calls import bound_arguments as bound_arguments
 from keras_vera._keras.calls import copy_mask as copy_mask
 from keras_vera._keras.calls import is_in_call as is_in_call
@@ -12,6 +13,7 @@ from keras_vera._keras.calls import is_in_layer_call as is_in_layer_call
 from keras_vera._keras.calls import is_training as is_training
 from keras_vera._keras.data import comparison as comparison
 from keras_vera._keras.data import data_kind as data_kind
+from keras_vera._keras.data import in_order_of_metrics as in_order_of_metrics
 from keras_vera._keras.data import numpy_batches as numpy_batches
 from keras_vera._keras.data import split_validation as split_validation
 from keras_vera._keras.devices import VariableOfParts as VariableOfParts
@@ -48,9 +50,13 @@ from keras_vera._keras.models import remember_model as remember_model
 from keras_vera._keras.models import reset_compiled as reset_compiled
 from keras_vera._keras.optimizers import in_any_replica as in_any_replica
 from keras_vera._keras.optimizers import mix_in as mix_in
+from keras_vera._keras.optimizers import mix_out as mix_out
 from keras_vera._keras.optimizers import named_in_files as named_in_files
 from keras_vera._keras.optimizers import (
     outside_of_tracing as outside_of_tracing,
+)
+from keras_vera._keras.optimizers import (
+    read_from_files_as as read_from_files_as,
 )
 from keras_vera._keras.optimizers import (
     update_variables_one_by_one as update_variables_one_by_one,

@@ -49,6 +49,14 @@ def split_validation(x, y, sample_weight, validation_split):
     )
 
 
+def in_order_of_metrics(model, values):
+    """Returns a dict of values by name as `evaluate` returns them.
+
+    Relies on the function that `evaluate` calls at its end.
+    """
+    return model._flatten_metrics_in_order(values)
+
+
 def comparison(model, monitor, mode, min_delta):
     """Returns what says whether a metric is better than it was.
 

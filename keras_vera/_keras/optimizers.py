@@ -37,9 +37,29 @@ def named_in_files(plain_name):
     return register
 
 
+def read_from_files_as(plain_name):
+    """Returns a decorator for a class that makes what files name as Keras' own.
+
+    Relies on loading a class by this table. What is named so and is not of
+    the new class, its `from_config` must make as Keras does.
+    """
+
+    def register(new_class):
+        api_export.REGISTERED_NAMES_TO_OBJS[plain_name] = new_class
+        return new_class
+
+    return register
+
+
 def mix_in(mixin, optimizer):
     """Puts a class before that of an optimizer, which keeps its names."""
     optimizer.__class__ = _mixed_class(mixin, type(optimizer))
+
+
+def mix_out(mixin, optimizer):
+    """Undoes `mix_in`, if this was the last one."""
+    _, plain_class = type(optimizer).__bases__
+    optimizer.__class__ = plain_class
 
 
 @functools.cache
