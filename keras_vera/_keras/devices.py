@@ -41,10 +41,10 @@ def is_in_other_strategy(layer):
     if _BACKEND == "tensorflow":
         import tensorflow as tf
 
-        return (
-            tf.distribute.has_strategy()
-            and tf.distribute.get_strategy() is not strategy_of(layer)
-        )
+        active, own = tf.distribute.get_strategy(), strategy_of(layer)
+        if isinstance(active, tf.distribute.OneDeviceStrategy) and own is None:
+            return False  # Its variables do not know it.
+        return tf.distribute.has_strategy() and active is not own
     if _BACKEND != "jax" or keras.distribution.distribution() is None:
         return False
     mesh = keras.distribution.distribution().device_mesh.backend_mesh

@@ -101,9 +101,22 @@ assert [(v.path, v.trainable) for v in model.variables] == before
 """
 
 
+ONE_DEVICE = """
+one, here = make_model(), tf.distribute.OneDeviceStrategy("CPU:0")
+keras_vera.enable_vera(one, rank=4, targets="all-linear")
+fit(one)
+with here.scope():
+    model = make_model()
+    keras_vera.enable_vera(model, rank=4, targets="all-linear")
+fit(model)
+for a, b in zip(vectors(one), vectors(model)):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+"""
+
+
 def test_mirrored_models():
     done = subprocess.run(
-        [sys.executable, "-c", START + FIT + ELSEWHERE],
+        [sys.executable, "-c", START + FIT + ELSEWHERE + ONE_DEVICE],
         capture_output=True,
         text=True,
     )
