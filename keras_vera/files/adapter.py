@@ -8,6 +8,7 @@ from keras_vera.files import upload
 from keras_vera.files.format import check_file_dtype
 from keras_vera.files.saved import adaptations
 from keras_vera.files.saved import as_array
+from keras_vera.files.saved import carried_matrices
 from keras_vera.files.saved import entry_name
 from keras_vera.files.saved import expected_entries
 from keras_vera.files.saved import make_header
@@ -21,7 +22,6 @@ from keras_vera.layers import _base_scope
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.model import adaptation
 from keras_vera.model.trained import check_all_there
-from keras_vera.product.projection import EXPLICIT
 
 
 def save_adapter(
@@ -53,6 +53,7 @@ def save_adapter(
     Raises:
         ValueError: If the model is not adapted, if its kernels hold another
             adapter from a weights file, if state of its base has moved, if
+            its random matrices are those of another seed, if
             `model.trainable` is `False`, if a number is not finite (in
             `dtype`), or if an argument makes no sense.
         keras_vera.AdapterFileError: If the file cannot be written. An older
@@ -96,11 +97,7 @@ def _contents(model, layers, dtype):
         if getattr(layer, "vera_base_bias", None) is not None:
             name = entry_name(path, "bias", tensors)
             tensors[name] = as_array(name, layer.bias, dtype)
-    projection = layers[0].projection
-    if projection.structure == EXPLICIT:
-        # No seed makes them again.
-        for name in fit.MATRICES:
-            tensors[name] = _keras.to_numpy(getattr(projection, name))
+    tensors.update(carried_matrices(layers))
     unsaved = as_header(fingerprints(paths, tensors))
     return {**make_header(model, paths), "unsaved": unsaved}, tensors
 
@@ -117,7 +114,7 @@ def load_adapter(
         model: The model that `save_adapter` was called on, built again: with
             the same base weights, and with the same head if the file has one.
             If VeRA is enabled on it, the rank, seed and layers must be those
-            of the file.
+            of the file, and `dropout` and `d_initial` stay its own.
         filepath: `str` or `pathlib.Path`, made by `save_adapter`. Or a path on
             the Hugging Face Hub: `"hf://user/repo"`, with `@revision` behind
             it for a branch, tag or commit, and with a name where the file is
@@ -129,7 +126,10 @@ def load_adapter(
     Raises:
         keras_vera.AdapterFileError: If the file cannot be read, is damaged,
             or belongs to another base, or to another rank, seed or set of
-            layers.
+            layers, or holds numbers that the model's dtype cannot.
+        ValueError: If `model` is no Keras model, or is that of a bank.
+        ImportError: If the path is on the Hub, and huggingface_hub is not
+            installed.
 
     Example:
 
@@ -167,6 +167,10 @@ def load_adapter(
         fit.check_biases(layers, biases, filepath)
         found = fingerprints(paths, {*tensors, *_bias_names(biases)})
         check_unsaved(found, header, filepath, head)
+        own = trained_variables(
+            paths, head=head, given=tensors, state=bool(header["unsaved"])
+        )
+        fit.check_ranges(own, tensors, filepath)
     else:
         with _keras.strategy_scope(model):
             layers, plan = _checked_adaptation(
@@ -224,5 +228,7 @@ def _checked_adaptation(
     fit.check_biases(layers, biases, filepath)
     found = fingerprints(paths, {*tensors, *_bias_names(biases)}, plan)
     check_unsaved(found, header, filepath, head)
+    own = trained_variables(paths, plan, head, tensors, bool(header["unsaved"]))
+    fit.check_ranges(own, tensors, filepath)
     fit.check_dims(projection, layers, header, filepath)
     return layers, plan

@@ -2,7 +2,11 @@
 
 import math
 
+import numpy as np
+from keras import backend
+
 from keras_vera.files.format import AdapterFileError
+from keras_vera.files.saved import MATRICES
 from keras_vera.files.saved import PAIR
 from keras_vera.files.saved import entry_name
 from keras_vera.files.saved import named_variables
@@ -22,9 +26,6 @@ from keras_vera.product.checks import check_dropout
 from keras_vera.product.projection import EXPLICIT
 from keras_vera.product.projection import SharedProjection
 from keras_vera.product.projection import pair_sha256
-
-# The entries of a pair that no seed makes.
-MATRICES = ("vera_kernel_a", "vera_kernel_b")
 
 
 def popped_matrices(header, tensors, filepath):
@@ -254,6 +255,33 @@ def check_biases(layers, biases, filepath):
                 f"{bias.shape} and dtype {bias.dtype}, not {wanted} and "
                 "float32."
             )
+        _check_range(own, bias, f"{path}/bias", filepath)
+
+
+def check_ranges(variables, tensors, filepath):
+    """Raises where a model's variables would hold infinity.
+
+    Args:
+        variables: Dict of variables, by entry name.
+        tensors: Dict of the entries of a file.
+        filepath: String, for messages.
+    """
+    for name, variable in variables.items():
+        if name in tensors:
+            _check_range(variable, tensors[name], name, filepath)
+
+
+def _check_range(variable, array, name, filepath):
+    if backend.standardize_dtype(variable.dtype) != "float16":
+        return
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(array.astype("float16")).all()
+    if not is_finite:
+        raise AdapterFileError(
+            f"'{filepath}' does not fit the model: '{name}' holds numbers up "
+            f"to {np.abs(array).max():g}, and is of float16 there, which ends "
+            "at 65504. Build the model in bfloat16 or float32."
+        )
 
 
 def check_entries(expected, tensors, header, filepath):

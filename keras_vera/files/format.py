@@ -55,7 +55,7 @@ def check_filepath(filepath):
         filepath,
         "Write a file here and upload it with `keras_vera.upload_adapter`.",
     )
-    filepath = os.fspath(filepath)
+    filepath = os.fsdecode(filepath)
     if not filepath.endswith(EXTENSION):
         raise ValueError(
             f"`filepath` must end in `{EXTENSION}`. "
@@ -76,7 +76,7 @@ def in_dtype(name, array, dtype):
     """Returns a float array as files store it, or raises if it is too large."""
     with np.errstate(over="ignore"):
         array = array.astype(dtype)
-    if not np.isfinite(array.astype("float32")).all():
+    if not np.isfinite(array.astype("float64")).all():
         raise ValueError(
             f"'{name}' holds NaN or infinity as {dtype}; an adapter file "
             "holds finite numbers only. If training diverged, lower the "

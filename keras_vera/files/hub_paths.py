@@ -76,10 +76,10 @@ def check_is_here(name, path, instead):
         path: String or path; `pathlib` makes one slash of two.
         instead: String, what to do.
     """
-    if os.fspath(path).startswith(_SCHEME[:-1]):
+    if os.fsdecode(path).startswith(_SCHEME[:-1]):
         raise ValueError(
             f"`{name}` must be a path on this machine, not on the Hugging "
-            f"Face Hub. Received: {name}={os.fspath(path)!r}. {instead}"
+            f"Face Hub. Received: {name}={os.fsdecode(path)!r}. {instead}"
         )
 
 

@@ -22,6 +22,8 @@ _VERSION = version()
 
 # What a projection is made from.
 PAIR = ("rank", "seed", "structure")
+# The entries of a pair that no seed makes.
+MATRICES = ("vera_kernel_a", "vera_kernel_b")
 
 
 def trained_variables(paths, plan=None, head=True, given=(), state=True):
@@ -219,6 +221,14 @@ def make_header(model, paths):
     if isinstance(targets, dict):
         targets = list(targets)
     bases = _base_paths(model, paths)
+    pair = [_keras.to_numpy(x) for x in used_pair(layers)]
+    if not layers[0].projection.is_made_of_seed(*pair):
+        raise ValueError(
+            f"The random matrices of model '{model.name}' are not those of "
+            f"seed={seed}, and a file says no more than the seed. "
+            "`set_weights` or a checkpoint of another seed has brought them. "
+            "Enable VeRA with the seed that they were made with."
+        )
     return {
         "format_version": adapter_format.FORMAT_VERSION,
         "rank": rank,
@@ -244,7 +254,7 @@ def make_header(model, paths):
             for path, layer in adapted.items()
             if layer._vera_layout.contraction.one_hot
         ],
-        "projection_sha256": pair_sha256(*used_pair(layers)),
+        "projection_sha256": pair_sha256(*pair),
         "keras_vera_version": _VERSION,
         "keras_version": keras.version(),
     }
@@ -274,9 +284,19 @@ def _trained_in_base(paths):
     ]
 
 
+def carried_matrices(layers):
+    """Returns the entries of A and B, where no seed makes them again."""
+    projection = layers[0].projection
+    if projection.structure != EXPLICIT:
+        return {}
+    return {x: _keras.to_numpy(getattr(projection, x)) for x in MATRICES}
+
+
 def as_array(name, variable, dtype):
     array = _keras.to_numpy(variable)
     if _dtype_in_files(variable) != "float32":
+        if array.dtype.kind == "f":
+            adapter_format.in_dtype(name, array, str(array.dtype))
         return array
     return adapter_format.in_dtype(name, array, dtype)
 

@@ -139,6 +139,22 @@ class SharedProjection:
             )
             self._replace(b, self.vera_kernel_b)
 
+    def is_made_of_seed(self, a, b_matrix):
+        """Says whether matrices are its own, by what they begin with.
+
+        `set_weights` and checkpoints may give a model those of another one.
+
+        Args:
+            a: Float32 array of shape `(m, rank)`, or its first row.
+            b_matrix: Float32 array of shape `(rank, n)`, or its first column.
+        """
+        if self.structure == EXPLICIT:
+            return True
+        all_, first = slice(0, self._width), slice(0, 1)
+        return np.array_equal(
+            a[:1], self._part_of_a((first, all_))
+        ) and np.array_equal(b_matrix[:, :1], self._part_of_b((all_, first)))
+
     def structure_of(self, contraction, rank=None):
         """Returns how the pair of a layer, of no higher rank, is laid out."""
         return self._make_structure(

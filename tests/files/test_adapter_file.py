@@ -510,3 +510,54 @@ def test_what_no_file_can_hold_is_refused(trained, path, value):
     with pytest.raises(ValueError, match="vera_lambda_d' holds NaN or inf"):
         keras_vera.save_adapter(trained, path, dtype="float16")
     assert path.read_bytes() == content
+
+
+def dense_model(dtype):
+    """A base, and a head of another dtype."""
+    keras.utils.set_random_seed(0)
+    base = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    head = keras.layers.Dense(2, name="head", dtype=dtype)
+    return keras.Model(base.inputs, head(base.outputs[0])), base, head
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_no_file_can_hold_is_refused_in_64_bits(path, value):
+    model, base, head = dense_model("float64")
+    keras_vera.enable_vera(base, rank=4, targets="all-linear")
+    # No float32 can hold it, nor can JAX without `jax_enable_x64`.
+    head.bias.assign([1.0 if backend() == "jax" else 1e300, 1.0])
+    keras_vera.save_adapter(model, path)
+    content = path.read_bytes()
+    head.bias.assign([value, 1.0])
+    with pytest.raises(ValueError, match="bias' holds NaN or inf"):
+        keras_vera.save_adapter(model, path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("into", ["base", "adapted", "bank"])
+def test_what_float16_cannot_hold_is_refused(path, into):
+    model, base, head = dense_model("float32")
+    keras_vera.enable_vera(base, rank=4, targets="all-linear")
+    head.bias.assign([7e4, 1.0])
+    keras_vera.save_adapter(model, path)
+    other, base, head = dense_model("float16")
+    if into != "base":
+        keras_vera.enable_vera(base, rank=4, targets="all-linear")
+    before = numpy_weights(other)
+    load = keras_vera.load_adapter
+    if into == "bank":
+        bank = keras_vera.AdapterBank(other, 1)
+
+        def load(_, path):
+            bank.load("ann", path)
+
+    with pytest.raises(AdapterFileError, match="up to 70000, and is of float1"):
+        load(other, path)
+    for value, expected in zip(numpy_weights(other), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert into != "base" or not adapted(other)
+
+
+def test_paths_of_bytes(trained, path):
+    keras_vera.save_adapter(trained, os.fsencode(path))
+    keras_vera.load_adapter(make_model(), os.fsencode(path))

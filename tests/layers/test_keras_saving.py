@@ -423,3 +423,24 @@ def test_weights_of_other_targets_are_no_base(theirs, mine, tmp_path):
     keras_vera.save_adapter(model, path)
     keras_vera.disable_vera(model)
     np.testing.assert_array_equal(predict(model, x), predict(make(), x))
+
+
+def test_random_matrices_of_another_seed(tmp_path, x):
+    """`set_weights` brings them, and the seed does not say so."""
+    model = make_adapted(seed=0)
+    other = make_model()
+    keras_vera.enable_vera(other, rank=4, seed=2, targets="all-linear")
+    other.set_weights(model.get_weights())
+    expected = predict(model, x)
+    assert largest_difference(predict(other, x), expected) < 1e-6
+    with pytest.raises(ValueError, match="are not those of seed=2"):
+        keras_vera.save_adapter(other, tmp_path / "a.vera.safetensors")
+    assert not list(tmp_path.iterdir())
+    # A weights file holds the merged kernels as well.
+    other.save_weights(tmp_path / "a.weights.h5")
+    third = make_model()
+    keras_vera.enable_vera(third, rank=4, seed=2, targets="all-linear")
+    third.load_weights(tmp_path / "a.weights.h5")
+    assert largest_difference(predict(third, x), expected) < 1e-5
+    # Its own are those of its seed, however many layers use them.
+    keras_vera.save_adapter(model, tmp_path / "a.vera.safetensors")
