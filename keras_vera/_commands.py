@@ -27,6 +27,7 @@ _SETTINGS = (
     "trained",
 )
 _KERNEL = ("kernel_shape", "kernel_dtype", "kernel_fingerprint")
+_COMPARED = (*_KERNEL, "output_offset")
 
 
 # ---- inspect
@@ -122,7 +123,7 @@ def diff(args):
         path: {
             **{
                 name: [a["layers"][path][name], b["layers"][path][name]]
-                for name in _KERNEL
+                for name in _COMPARED
                 if a["layers"][path][name] != b["layers"][path][name]
             },
             "cosine": {
@@ -141,6 +142,7 @@ def diff(args):
         "layers": layers,
         "layers_in_a_only": [x for x in a["layers"] if x not in b["layers"]],
         "layers_in_b_only": [x for x in b["layers"] if x not in a["layers"]],
+        "different_unsaved": a["unsaved"] != b["unsaved"],
         "different_entries": sorted(
             name
             for name in in_a.keys() | in_b.keys()
@@ -149,6 +151,7 @@ def diff(args):
     }
     is_same = not (
         settings
+        or found["different_unsaved"]
         or found["different_entries"]
         or found["layers_in_a_only"]
         or found["layers_in_b_only"]
@@ -163,6 +166,8 @@ def _diff_lines(found, is_same):
         return
     for name, (a, b) in found["settings"].items():
         yield f"{name}: {a} | {b}"
+    if found["different_unsaved"]:
+        yield "fingerprints of what the files do not hold differ"
     for which in "ab":
         for path in found[f"layers_in_{which}_only"]:
             yield f"only in {found[which]}: {_shown(path)}"
@@ -175,7 +180,7 @@ def _diff_lines(found, is_same):
         )
         kernels = (
             f"  {name}: {layer[name][0]} | {layer[name][1]}"
-            for name in _KERNEL
+            for name in _COMPARED
             if name in layer
         )
         yield f"  {' '.join(cosines)}  {_shown(path)}{''.join(kernels)}"
@@ -256,8 +261,13 @@ def _to_peft(args):
         )
     # All that is wrong with the file comes before a model is built.
     header, _ = adapter_format.read(args.file)
-    import keras_hub
-
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise ValueError(
+            "PEFT's names of modules need KerasHub. Install it with "
+            "`pip install keras_hub` or `pip install keras_vera[hub]`."
+        ) from error
     from keras_vera.files.adapter import load_adapter
     from keras_vera.peft.save import save_peft_adapter
 

@@ -65,8 +65,8 @@ def combine(
             outside the base) the result gets. Defaults to `None`: the
             weighted mean of the heads, for weights that sum to 1.
         bank: An `AdapterBank` that holds the adapters and gets the result. A
-            bank takes no adapters with matrices of their own. Defaults to
-            `None`: files.
+            bank takes no adapters with other matrices than its model's.
+            Defaults to `None`: files.
 
     Returns:
         A dict by path of layer of the share of the squared (Frobenius) norm
@@ -93,13 +93,18 @@ def combine(
     """
     weights = _checked(adapters, method, head)
     if bank is not None:
+        if not hasattr(bank, "_slots"):
+            raise ValueError(
+                "`bank` must be an `AdapterBank`. "
+                f"Received: bank={bank!r} (of type {type(bank).__name__})"
+            )
         with bank._lock:
             return bank._slots.combine(weights, destination, method, head)
     destination = check_filepath(destination)
     files = {x: adapter_format.read(x) for x in weights}
     for filepath, (header, _) in files.items():
         _check_only_vectors(header, filepath)
-    header = _common_header({x: header for x, (header, _) in files.items()})
+    header = _common_header(files)
     tensors = {x: entries for x, (_, entries) in files.items()}
     header, result, lost = combined(header, tensors, weights, method, head)
     if head is not None and header["unsaved"] and files[head][0]["unsaved"]:
@@ -143,15 +148,19 @@ def _checked(adapters, method, head):
     if head is not None and head not in adapters:
         raise ValueError(
             "`head` must be one of the keys of `adapters`. "
-            f"Received: head={str(head)!r}"
+            f"Received: head={head!r}"
         )
     return {name: float(weight) for name, weight in adapters.items()}
 
 
-def _common_header(headers):
-    """Returns the header of the first file, or raises if others differ."""
-    (first, header), *others = headers.items()
-    for filepath, other in others:
+def _common_header(files):
+    """Returns the header of the first file, or raises if others differ.
+
+    Args:
+        files: Dict of headers and entries, by file.
+    """
+    (first, (header, entries)), *others = files.items()
+    for filepath, (other, other_entries) in others:
         different = [name for name in _COMMON if other[name] != header[name]]
         different += [
             f"layer '{path}'"
@@ -159,6 +168,13 @@ def _common_header(headers):
             if not _is_same_layer(
                 header["layers"].get(path), other["layers"].get(path)
             )
+        ]
+        different += [
+            f"the rank of '{name.rpartition('/')[0]}'"
+            for name, d in entries.items()
+            if name.endswith("vera_lambda_d")
+            and name in other_entries
+            and other_entries[name].shape != d.shape
         ]
         if differ(header, other):
             different.append("the base's weights without an adapter")

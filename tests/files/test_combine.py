@@ -307,6 +307,22 @@ def test_files_that_do_not_fit_are_refused(change, message, tmp_path):
     assert result.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("method", ["exact", "nearest", "average"])
+def test_another_rank_of_a_layer_is_refused(method, tmp_path):
+    files = {}
+    for name, rank in (("a", 2), ("b", 4)):
+        model = make_model(targets={"wide": 4, "einsum": rank})
+        files.update(write(model, tmp_path, name)[0])
+    with pytest.raises(
+        keras_vera.AdapterFileError, match="differ in the rank of '.*'"
+    ):
+        keras_vera.combine(
+            {files["a"]: 0.5, files["b"]: 0.5},
+            tmp_path / f"sum{EXTENSION}",
+            method,
+        )
+
+
 def test_bad_arguments_are_refused(tmp_path):
     files, _ = write(make_model(), tmp_path, "ab")
     a, b = files.values()
@@ -314,6 +330,7 @@ def test_bad_arguments_are_refused(tmp_path):
     for arguments, message in (
         (({}, result), "`adapters` must be a dict"),
         (([a, b], result), "`adapters` must be a dict"),
+        (({a: 1}, "new", "nearest", None, 3), "must be an `AdapterBank`"),
         (({a: "1"}, result), "must be finite numbers.*='1'"),
         (({a: True}, result), "must be finite numbers"),
         (({a: float("nan")}, result), "must be finite numbers"),

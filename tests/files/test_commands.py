@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import adapter_files
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -153,6 +154,23 @@ def test_diff(tmp_path, capsys):
     assert "seed: 2024 | 5" in lines
     assert f"only in {FILE}: {paths[4]}" in lines
     assert any("-1.000" in x and x.endswith(paths[0]) for x in lines)
+
+
+def test_diff_of_what_files_rely_on(tmp_path, capsys):
+    """Such as a bias of the base, which no adapter trains."""
+    files = []
+    for bias in (0.0, 1.0):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        model.layers[0].bias.assign(np.full(3, bias))
+        keras_vera.enable_vera(model, rank=4, targets="all-linear")
+        files.append(tmp_path / f"{bias:g}.vera.safetensors")
+        keras_vera.save_adapter(model, files[-1])
+    found = json_of(capsys, "diff", *files, code=1)
+    assert found["different_unsaved"] and not found["different_entries"]
+    with pytest.raises(SystemExit):
+        main(["diff", *map(str, files)])
+    assert "fingerprints" in capsys.readouterr().out
 
 
 def test_convert_to_half_floats(tmp_path, capsys):
