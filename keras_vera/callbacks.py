@@ -102,8 +102,9 @@ class BestAdapters(keras.callbacks.Callback):
 
     With `patience`, an adapter that has not improved for so many epochs is
     stopped: it and the optimizer's state for it do not move any more, while
-    the others go on. When all have stopped, so does `fit`. Each adapter
-    becomes what it becomes alone with `keras.callbacks.EarlyStopping`.
+    the others go on. When all have stopped, so does `fit`. With a loss that
+    is a sum over examples, each adapter becomes what it becomes alone with
+    `keras.callbacks.EarlyStopping`.
 
     Adapters that train without validation examples train to the last epoch,
     and stay as they are then; there is a warning. Validation examples of

@@ -70,6 +70,10 @@ class AdapterBank:
             reads. Their outputs are NaN and they train nothing, also in
             functions that you compile yourself.
 
+    Raises:
+        ValueError: If `model` is not adapted, or has what a bank cannot hold
+            (`docs/limits.md`), or if an argument makes no sense.
+
     Example:
 
     ```python
@@ -142,6 +146,11 @@ class AdapterBank:
                 adapter has. Defaults to `None`: all, or as many as `like`.
             like: String or list of strings, adapters of the bank, all of the
                 same number of classes. Defaults to `None`: fresh.
+
+        Raises:
+            ValueError: If the name is taken or an argument makes no sense, if
+                the bank is full, or if it is not known which head `classes`
+                means.
         """
         with self._lock:
             self._slots.add(name, classes, like)
@@ -171,6 +180,7 @@ class AdapterBank:
         with self._lock:
             self._register.check_new(name, replace)
             self._slots.check_not_fitting(name)
+            self._files.check_base()
             arrays, classes, _ = self._files.read(filepath, head)
             self._slots.put(name, arrays, classes, replace)
 
@@ -184,6 +194,11 @@ class AdapterBank:
             filepath: `str` or `pathlib.Path`. Must end in `.vera.safetensors`.
             dtype: How floats are stored; see `keras_vera.save_adapter`.
                 Defaults to `"float32"`.
+
+        Raises:
+            ValueError: If the bank has no such adapter, or the base has other
+                weights than when the bank was made, or a number is not finite.
+            keras_vera.AdapterFileError: If the file cannot be written.
         """
         filepath = check_filepath(filepath)
         check_file_dtype(dtype)
@@ -196,6 +211,10 @@ class AdapterBank:
 
         Args:
             name: String, an adapter of the bank.
+
+        Raises:
+            ValueError: If the bank has no such adapter, or if `fit` trains it
+                just then.
         """
         with self._lock:
             self._register.check_known([name], base=False)
@@ -208,6 +227,10 @@ class AdapterBank:
         Args:
             name: String, an adapter of the bank.
             new_name: String, not in the bank yet.
+
+        Raises:
+            ValueError: If the bank has no such adapter, or has the new name,
+                or if `fit` trains it just then.
         """
         with self._lock:
             self._register.check_known([name], base=False)
@@ -220,6 +243,9 @@ class AdapterBank:
 
         Args:
             capacity: Integer, larger than the present capacity.
+
+        Raises:
+            ValueError: If it is not larger, or if `fit` runs.
         """
         with self._lock:
             capacity = check_integer("capacity", capacity, self.capacity + 1)
@@ -234,6 +260,9 @@ class AdapterBank:
 
         Returns:
             An int32 NumPy array.
+
+        Raises:
+            ValueError: If the bank has no such adapter, or has a folder.
         """
         self._register.check_no_folder()
         with self._lock:
@@ -268,6 +297,11 @@ class AdapterBank:
         Returns:
             NumPy array(s) of predictions. With `return_exceptions`, a list of
             those of each example, or its exception.
+
+        Raises:
+            ValueError: If the bank has no such adapter, or if an argument
+                makes no sense.
+            keras_vera.AdapterFileError: If a file in the folder cannot be read.
         """
         check_integer("batch_size", batch_size, 1)
         unread: dict | None = {} if return_exceptions else None
@@ -307,6 +341,11 @@ class AdapterBank:
 
         Returns:
             As `keras.Model.evaluate`.
+
+        Raises:
+            ValueError: If the bank has no such adapter, or if an argument
+                makes no sense.
+            keras_vera.AdapterFileError: If a file in the folder cannot be read.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
         data.check_targets(self.model, "`y`")
@@ -325,7 +364,9 @@ class AdapterBank:
     ) -> keras.callbacks.History:
         """Trains many adapters, each by its own examples.
 
-        Call `bank.model.compile` first. No two adapters influence each other.
+        Call `bank.model.compile` first. No two adapters influence each other,
+        but that Keras' losses divide by the number of examples in the batch
+        unless they have `reduction="sum"`.
         `keras_vera.callbacks.BestAdapters` keeps the best of each.
 
         Args:
@@ -349,6 +390,9 @@ class AdapterBank:
             keras_vera.AdapterFileError: In the end, if others changed or
                 removed an adapter in the folder meanwhile. It stays as they
                 left it; all others are trained and written.
+            ValueError: If an argument makes no sense. In the end, if adapters
+                hold NaN or infinity, in a bank with a folder. There they stay
+                as they were; all others are trained and written.
         """
         data = data_of(self._base, x, y, sample_weight, adapters)
         data.check_targets(self.model, "`y`")
@@ -383,6 +427,11 @@ class AdapterBank:
         Returns:
             As `CausalLM.generate`. With `return_exceptions`, a list of what
             each prompt gets, or its exception.
+
+        Raises:
+            ValueError: If the bank has no such adapter, or if an argument
+                makes no sense.
+            keras_vera.AdapterFileError: If a file in the folder cannot be read.
         """
         check_can_generate(self._base, prompts)
         unread: dict | None = {} if return_exceptions else None

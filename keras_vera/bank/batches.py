@@ -10,6 +10,7 @@ from keras import tree
 from keras_vera import _keras
 from keras_vera.bank.ids import has_ids
 from keras_vera.bank.ids import join_ids
+from keras_vera.bank.names import are_names
 from keras_vera.bank.names import names_of
 from keras_vera.bank.names import preprocessed
 
@@ -55,7 +56,7 @@ class NamedBatches:
             # `tf.data` alone gives the parts one by one.
             (batch,) = batch
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            if has_ids(batch[0]):
+            if has_ids(batch[0]) and not are_names(batch[1]):
                 return tuple(batch)
         self.check(batch)
         x, *rest, names = batch
@@ -97,13 +98,11 @@ class NamedBatches:
                 f"{received}"
             )
         dtype = getattr(batch[-1], "dtype", None)
-        kind = str(getattr(dtype, "name", dtype))
-        if dtype is not None and not any(
-            part in kind for part in ("str", "bytes", "object")
-        ):
+        if dtype is not None and not are_names(batch[-1]):
             raise ValueError(
                 f"A dataset for a bank must give batches {form}. Received: "
-                f"numbers of dtype {kind} where the names should be."
+                f"numbers of dtype {getattr(dtype, 'name', dtype)} where the "
+                "names should be."
             )
 
     def ids_of(self, names):
@@ -123,8 +122,9 @@ class NamedBatches:
         """Returns a dataset, mapped batch by batch."""
         kind = _keras.data_kind(data)
         if kind == "tf":
-            if not has_ids(_first(data.element_spec)):
-                self.check(data.element_spec)
+            spec = data.element_spec
+            if not has_ids(_first(spec)) or are_names(spec[-1]):
+                self.check(spec)
             return data.map(self)
         if kind == "torch":
             mapped = copy.copy(data)

@@ -11,6 +11,7 @@ from keras_vera.bank.batches import is_dataset
 from keras_vera.bank.divided import is_divided
 from keras_vera.bank.ids import has_ids
 from keras_vera.bank.ids import join_ids
+from keras_vera.bank.names import are_names
 from keras_vera.bank.names import as_numpy
 from keras_vera.bank.names import count_examples
 from keras_vera.bank.names import names_of
@@ -25,6 +26,19 @@ class Examples:
     y: Any
     sample_weight: Any
     names: list
+
+    def checked(self):
+        """Returns itself, or raises unless all has a row for each example."""
+        for what in ("x", "y", "sample_weight"):
+            for array in tree.flatten(getattr(self, what)):
+                shape = () if array is None else array.shape
+                if array is not None and shape[:1] != (len(self.names),):
+                    raise ValueError(
+                        f"`{what}` must be arrays whose first axis is that of "
+                        f"the examples. Received: a shape of {tuple(shape)} "
+                        f"for {len(self.names)} examples"
+                    )
+        return self
 
     def check_targets(self, model, argument):
         """Raises if the loss of a `BankModel` needs targets."""
@@ -48,16 +62,29 @@ class Examples:
         return is_divided(len(self.names), batch_size)
 
     def part(self, part, ids_of):
-        """As `joined`, of a slice; `ids_of` takes a list of names."""
-        x, y, sample_weight = tree.map_structure(
+        """Returns the inputs for `bank.model` of a slice.
+
+        Args:
+            part: A slice.
+            ids_of: Function of a list of names.
+        """
+        found = self._sliced(part)
+        return join_ids(found.x, ids_of(found.names))
+
+    def batches(self, size, slots):
+        """Yields batches, of as many parts as `slots` need to bring them."""
+        for start in range(0, len(self.names), size):
+            batch = self._sliced(slice(start, start + size))
+            parts = slots.parts(batch.names, size)
+            inputs = (batch.part(part, slots.bring) for part, _ in parts)
+            yield inputs, batch.y, batch.sample_weight
+
+    def _sliced(self, part):
+        parts = tree.map_structure(
             lambda v: None if v is None else v[part],
             (self.x, self.y, self.sample_weight),
         )
-        return join_ids(x, ids_of(self.names[part])), y, sample_weight
-
-    def batches(self, size, ids_of):
-        for start in range(0, len(self.names), size):
-            yield self.part(slice(start, start + size), ids_of)
+        return Examples(*parts, self.names[part])
 
 
 @dataclasses.dataclass
@@ -87,16 +114,18 @@ class Batches:
         named = NamedBatches(ids, self.model, self.has_targets)
         return named.of(self.data), None, None
 
-    def batches(self, size, ids_of):
-        named = NamedBatches(ids_of, self.model, self.has_targets)
+    def batches(self, size, slots):
+        named = NamedBatches(slots.bring, self.model, self.has_targets)
         for batch in self.data:
-            yield tree.map_structure(as_numpy, named(batch))
+            x, *targets = tree.map_structure(as_numpy, named(batch))
+            y, sample_weight = (*targets, None, None)[:2]
+            yield [x], y, sample_weight
 
 
 def examples_of(x, y, sample_weight, adapters):
     """Returns the `Examples` of arrays, with their names checked."""
     names = names_of(adapters, count_examples(x))
-    return Examples(x, y, sample_weight, names)
+    return Examples(x, y, sample_weight, names).checked()
 
 
 def data_of(
@@ -133,7 +162,8 @@ def validation_of(model, data, bank_model):
         return Batches(data, None, model)
     is_tuple = isinstance(data, (tuple, list))
     if is_tuple and 2 <= len(data) <= 3 and has_ids(data[0]):
-        return None
+        if not are_names(data[-1]):
+            return None
     if not is_tuple or not 3 <= len(data) <= 4:
         received = f"{len(data)} parts" if is_tuple else f"a {type(data)}"
         raise ValueError(
@@ -144,6 +174,7 @@ def validation_of(model, data, bank_model):
     x, y, *weights, names = data
     data = preprocessed(model, x, y, *weights)
     what = "The names in `validation_data`"
-    found = Examples(*data, names_of(names, count_examples(data[0]), what))
+    names = names_of(names, count_examples(data[0]), what)
+    found = Examples(*data, names).checked()
     found.check_targets(bank_model, "`y` in `validation_data`")
     return found

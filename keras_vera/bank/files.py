@@ -11,8 +11,11 @@ from keras_vera.files import saved
 from keras_vera.files import unsaved
 from keras_vera.files.disk import write_files
 from keras_vera.layers import _base_scope
+from keras_vera.layers._base_layer import stored_kernel
+from keras_vera.layers._fingerprint import kernel_fingerprint
 from keras_vera.layers._in_place import is_adapted
 from keras_vera.model import adaptation
+from keras_vera.product.checks import check_integer
 
 
 class BankFiles:
@@ -37,12 +40,14 @@ class BankFiles:
         _keras.synchronize(model)
         self._paths = _keras.structural_paths(model)
         _check_nothing_more_trains(self._paths)
+        _check_no_biases(self._paths)
         self.variables = saved.trained_variables(self._paths)
         self._unsaved = unsaved.fingerprints(self._paths, self.variables)
         self._header = {
             **saved.make_header(model, self._paths),
             "unsaved": unsaved.as_header(self._unsaved),
         }
+        self._matrices = saved.carried_matrices(layers)
         self._expected = saved.expected_entries(self._paths)
         names = {id(v): name for name, v in self.variables.items()}
         self.layers, heads, self.fresh = {}, [], {}
@@ -66,6 +71,7 @@ class BankFiles:
                 self.layers[layer] = [*both, None, None][:2]
         for head in heads:
             bank_heads.make_head(head)
+        self._heads = heads
         output = bank_heads.output_head(model, heads)
         for head in heads:
             classes = True if head is output else None
@@ -87,6 +93,7 @@ class BankFiles:
             the `disk.Version` of the file.
         """
         header, tensors, version = adapter_format.read_version(filepath)
+        fit.popped_matrices(header, tensors, filepath)
         if not head:
             vectors = saved.without_head(header, tensors)
             fresh = saved.without_head(self._header, self.fresh)
@@ -101,6 +108,7 @@ class BankFiles:
             for name, (shape, dtype) in self._expected.items()
         }
         fit.check_entries(expected, tensors, header, filepath)
+        fit.check_ranges(self.variables, tensors, filepath)
         unsaved.check_unsaved(self._unsaved, header, filepath, head)
         arrays = {k: self._padded(k, array) for k, array in tensors.items()}
         return arrays, classes, version
@@ -115,12 +123,43 @@ class BankFiles:
             )
             for name, array in arrays.items()
         }
+        tensors.update(self._matrices)
         # The layout of memory is part of the file.
         tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
         return adapter_format.encoded(self._header, tensors)
 
     def write(self, filepath, arrays, classes, dtype="float32"):
         write_files({filepath: self.encoded(arrays, classes, dtype)})
+
+    def checked_classes(self, classes):
+        """Returns how many classes a new adapter has."""
+        if classes is None:
+            return self.classes
+        if not self._output and self._heads:
+            names = ", ".join(f"'{layer.name}'" for layer in self._heads)
+            raise ValueError(
+                "`classes` needs a head that gives the model's output, and "
+                f"one alone; which of {names} it is, is not known. Received: "
+                f"classes={classes}. Leave it out: adapters then have all "
+                "outputs."
+            )
+        return check_integer("classes", classes, 1, self.classes)
+
+    def check_base(self):
+        """Raises if the base has other weights than when the bank was made.
+
+        Two kernels are looked at: other weights are others everywhere.
+        """
+        layers = self._header["layers"]
+        for path in {min(layers), max(layers)}:
+            kernel = stored_kernel(self._paths[path])
+            if kernel_fingerprint(kernel) != layers[path]["kernel_fingerprint"]:
+                raise ValueError(
+                    "The base has other weights than when its `AdapterBank` "
+                    f"was made, such as in layer '{path}', and the adapters "
+                    "do not belong to them. Load the weights first, and make "
+                    "the bank afterwards."
+                )
 
     @property
     def header(self):
@@ -156,6 +195,17 @@ def _check_nothing_more_trains(paths):
             "`keras_vera.enable_vera` without `train`, on the part of the "
             "model below its head."
         )
+
+
+def _check_no_biases(paths):
+    for path, layer in paths.items():
+        if getattr(layer, "vera_base_bias", None) is not None:
+            raise ValueError(
+                f"The adapter of the model brought layer '{path}' a bias of "
+                "its own, as PEFT's `bias='vera_only'` does. An `AdapterBank` "
+                "has no place for it, and its base would not be the base. "
+                "Keep this adapter in a model of its own."
+            )
 
 
 def _check_no_rematerialization(model):
@@ -196,3 +246,12 @@ def _check_head(layer, variables):
             f"Layer '{layer.name}' trains only in part. Set `trainable` of "
             "the whole layer."
         )
+    for variable in variables:
+        for option in ("regularizer", "constraint"):
+            if getattr(variable, option, None) is not None:
+                raise ValueError(
+                    f"`{variable.name}_{option}` of layer '{layer.name}', "
+                    "which trains outside the base, would be that of the "
+                    "heads of all adapters together. Make the layer without "
+                    "it, or set `trainable = False` on it to share it."
+                )

@@ -61,17 +61,35 @@ def is_possible_head(layer):
 
 
 def output_head(model, heads):
-    """Returns the head whose columns are the classes, or `None`.
+    """Returns the head whose columns are the classes.
+
+    `None` if there is none, or if it is not known which one it is.
 
     Args:
         model: The model that the bank is for.
         heads: List of its heads.
     """
     outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
-    makers = [y._keras_history.operation for y in outputs]
-    found = [layer for layer in heads if layer in makers]
-    # In other models, the layer that comes last.
-    return (found or heads or [None])[-1]
+    # The order of the layers of other models is not that of their calls.
+    found = [_last_head(y, heads) for y in outputs] if outputs else heads
+    found = [layer for layer in heads if layer in found]
+    return found[0] if len(found) == 1 else None
+
+
+def _last_head(y, heads):
+    """Returns the head through which a symbolic output came last, if any."""
+    while keras.backend.is_keras_tensor(y):
+        operation, _, index = y._keras_history
+        if operation in heads:
+            return operation
+        if isinstance(operation, keras.Model) and hasattr(operation, "outputs"):
+            y = operation.outputs[index]
+            continue
+        try:
+            y = operation.input
+        except (AttributeError, ValueError):  # Of none, or of several calls.
+            break
+    return None
 
 
 @functools.cache

@@ -4,6 +4,9 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+# Or of characters.
+_WITHOUT_ORDER = (str, bytes, dict, set, frozenset)
+
 
 def names_of(adapters, examples=None, argument="`adapters`"):
     """Returns names as a list; `None` and empty ones are the base model.
@@ -13,7 +16,7 @@ def names_of(adapters, examples=None, argument="`adapters`"):
         examples: Integer, how many names there must be, or `None`.
         argument: String, for messages.
     """
-    if isinstance(adapters, (str, bytes)) or not hasattr(adapters, "__len__"):
+    if isinstance(adapters, _WITHOUT_ORDER) or not hasattr(adapters, "__len__"):
         raise ValueError(
             f"{argument} must be a list with a name for each example. "
             f"Received: adapters={adapters!r}"
@@ -32,13 +35,25 @@ def names_of(adapters, examples=None, argument="`adapters`"):
                 f"for the base model. Received: {name!r} (of type "
                 f"{type(name).__name__})"
             )
-        names.append(None if name is None else str(name) or None)
+        # Of a subclass, such as an enumeration of strings, the string.
+        names.append(None if name is None else str.__str__(name) or None)
     if examples is not None and (len(names) != examples or not names):
         raise ValueError(
             f"{argument} must have one name for each example, at least one. "
             f"Received: {len(names)} names for {examples} examples"
         )
     return names
+
+
+def are_names(values):
+    """Says whether values are texts, so that they can be names."""
+    dtype = getattr(values, "dtype", None)
+    if dtype is not None:
+        kind = str(getattr(dtype, "name", dtype))
+        return any(part in kind for part in ("str", "bytes", "object"))
+    return isinstance(values, (list, tuple)) and all(
+        value is None or isinstance(value, (str, bytes)) for value in values
+    )
 
 
 def count_examples(x):

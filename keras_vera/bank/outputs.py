@@ -30,14 +30,33 @@ def outputs_of(model, slots, data, batch_size, errors, kwargs):
         bring = functools.partial(slots.bring, errors=errors)
         outputs = []
         for part, size in slots.parts(data.names, batch_size):
-            x, *_ = data.part(part, bring)
+            x = data.part(part, bring)
             outputs.append(model.predict(x, batch_size=size, **kwargs))
     elif _keras.batch_divisor() == 1 and slots.have_room_for(data.names):
         x, *_ = data.joined(slots.ids(data.names))
         return model.predict(x, **kwargs)
     else:
         outputs = [
-            tree.map_structure(ops.convert_to_numpy, model.predict_on_batch(x))
-            for x, *_ in slots.batches(data, kwargs)
+            outputs_of_parts(model, parts)
+            for parts, *_ in slots.batches(data, kwargs)
         ]
+    return _concatenated(outputs)
+
+
+def outputs_of_parts(model, parts):
+    """Returns the outputs for a batch, as NumPy arrays.
+
+    Args:
+        model: The `BankModel`.
+        parts: Iterable of the inputs of parts of the batch.
+    """
+    return _concatenated(
+        [
+            tree.map_structure(ops.convert_to_numpy, model.predict_on_batch(x))
+            for x in parts
+        ]
+    )
+
+
+def _concatenated(outputs):
     return tree.map_structure(lambda *ys: np.concatenate(ys), *outputs)

@@ -41,6 +41,11 @@ class TrainsRows:
     """
 
     def build(self, variables):
+        if not all(getattr(v, "vera_is_stack", False) for v in variables):
+            # It was compiled for another model afterwards.
+            _keras.mix_out(TrainsRows, self)
+            self.build(variables)
+            return
         _check(self)
         super().build(variables)
         self.count_rows()

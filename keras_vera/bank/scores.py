@@ -4,7 +4,9 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+from keras_vera import _keras
 from keras_vera.bank.ids import ids_in
+from keras_vera.bank.outputs import outputs_of_parts
 
 
 class Scores:
@@ -15,23 +17,22 @@ class Scores:
     kept here while they count for another.
     """
 
-    def __init__(self, model, together=False):
+    def __init__(self, model):
         """
         Args:
             model: A compiled `BankModel`.
-            together: Boolean, whether all examples count as those of slot 0.
         """
         self._model = model
-        self._together = together
         self._counted = {}  # By slot, the values of the metrics' variables.
         self._losses = {}  # By slot, the sum over examples, and their number.
 
     def add(self, x, y=None, sample_weight=None):
         """Adds a batch, in NumPy arrays, to what is counted."""
-        outputs = tree.map_structure(
-            ops.convert_to_numpy, self._model.predict_on_batch(x)
-        )
-        ids = np.asarray(ids_in(x)) * (not self._together)
+        outputs = outputs_of_parts(self._model, [x])
+        self.add_outputs(np.asarray(ids_in(x)), outputs, y, sample_weight)
+
+    def add_outputs(self, ids, outputs, y=None, sample_weight=None):
+        """As `add`, of a batch for which there are outputs already."""
         for slot in np.unique(ids).tolist():
             rows = np.flatnonzero(ids == slot)
             part = tree.map_structure(
@@ -91,10 +92,11 @@ def of_all(model, slots, data, kwargs):
         return model.evaluate(x, y, sample_weight=sample_weight, **kwargs)
     kwargs = dict(kwargs)
     return_dict = kwargs.pop("return_dict", False)
-    scores = Scores(model, together=True)
-    for batch in slots.batches(data, kwargs):
-        scores.add(*batch)
+    scores = Scores(model)
+    for parts, *targets in slots.batches(data, kwargs):
+        outputs = outputs_of_parts(model, parts)
+        # All together.
+        ids = np.zeros(len(tree.flatten(outputs)[0]), "int32")
+        scores.add_outputs(ids, outputs, *targets)
     found = scores.results()[0]
-    if return_dict:
-        return found
-    return list(found.values()) if len(found) > 1 else found["loss"]
+    return found if return_dict else _keras.in_order_of_metrics(model, found)

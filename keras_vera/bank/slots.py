@@ -9,7 +9,6 @@ import numpy as np
 from keras_vera.bank import mix
 from keras_vera.bank.register import collected
 from keras_vera.files.format import AdapterFileError
-from keras_vera.product.checks import check_integer
 
 
 class Slots:
@@ -57,10 +56,7 @@ class Slots:
             names = [like] if isinstance(like, str) else list(like)
             self.put(name, *mix.mean(self.read(names), names, classes))
             return
-        if classes is None:
-            classes = self.files.classes
-        else:
-            classes = check_integer("classes", classes, 1, self.files.classes)
+        classes = self.files.checked_classes(classes)
         self.put(name, self.files.fresh, classes)
 
     def combine(self, weights, name, method, head):
@@ -75,6 +71,7 @@ class Slots:
 
     def put(self, name, arrays, classes, replace=False):
         """Adds an adapter; with `replace`, also in the place of another."""
+        self.files.check_base()
         if self.folder is not None:
             content = self.files.encoded(arrays, classes)
             self._register.add(name, content, replace)
@@ -109,6 +106,7 @@ class Slots:
 
     def save(self, name, filepath, arrays=None, dtype="float32"):
         """Writes an adapter, or other arrays for it, to a file."""
+        self.files.check_base()
         (slot,) = self.bring([name])
         if arrays is None:
             (arrays,) = self._model.read([slot])
@@ -253,6 +251,9 @@ class Slots:
     def batches(self, data, kwargs):
         """Yields batches one after the other, each with its own adapters.
 
+        A batch is `(parts, y, sample_weight)`. The adapters of a part are
+        there until the next one is asked for.
+
         Args:
             data: The `Examples` or `Batches`.
             kwargs: Dict of further arguments that were given.
@@ -269,9 +270,7 @@ class Slots:
                 f"without `{next(iter(kwargs))}`. Name no more adapters than "
                 "fit, or leave it out."
             )
-        return itertools.islice(
-            data.batches(min(size, self.room), self.bring), steps
-        )
+        return itertools.islice(data.batches(size, self), steps)
 
     @contextlib.contextmanager
     def training(self, names):
@@ -280,16 +279,17 @@ class Slots:
         Args:
             names: The adapters that the training uses, which are in slots.
         """
+        self.files.check_base()
         before = self._model.row_steps()
         self._register.held = {name: self._versions[name] for name in names}
         try:
             yield
-            lost = []
+            lost, broken = [], []
             if self.folder is not None:
                 steps = self._model.row_steps() - before
                 # Others were there to be evaluated.
                 moved = [n for n in sorted(names) if steps[self._slots[n]]]
-                lost = self._write_trained(moved)
+                lost, broken = self._write_trained(moved)
         except BaseException:
             if self.folder is not None:
                 # What the folder holds is the bank.
@@ -298,30 +298,48 @@ class Slots:
             raise
         finally:
             self._register.held = {}
+        texts = []
         if lost:
-            raise AdapterFileError(
+            texts.append(
                 f"{len(lost)} adapters in '{self.folder.path}' were changed or "
                 f"removed by others while `fit` trained them: {lost[:5]}. They "
                 "stay as the others left them, and what they learned here is "
-                "not kept. All others are trained and written. Train these "
-                "again, from what the folder has now."
+                "not kept. Train these again, from what the folder has now."
+            )
+        if broken:
+            texts.append(
+                f"{len(broken)} adapters hold NaN or infinity after the "
+                f"training: {broken[:5]}. In '{self.folder.path}' they stay "
+                "as they were. Look at the examples of these, or lower the "
+                "learning rate."
+            )
+        if texts:
+            raise (AdapterFileError if lost else ValueError)(
+                " ".join([*texts, "All others are trained and written."])
             )
 
     def _write_trained(self, names):
-        """Writes adapters to the folder; returns those that it has lost."""
+        """Writes adapters to the folder.
+
+        Returns:
+            List of those that others have changed or removed; and of those
+            that are no numbers any more. What they learned is not kept.
+        """
         if not names:
-            return []
+            return [], []
         arrays = self._model.read([self._slots[name] for name in names])
-        contents = {
-            name: self.files.encoded(own, self._classes[name])
-            for name, own in zip(names, arrays)
-        }
+        contents, broken = {}, []
+        for name, own in zip(names, arrays):
+            try:
+                contents[name] = self.files.encoded(own, self._classes[name])
+            except ValueError:  # They are checked for this alone.
+                broken.append(name)
         new = self.folder.update(contents, self._versions)
         self._versions.update(new)
-        lost = [name for name in names if name not in new]
-        for name in lost:
+        lost = [name for name in contents if name not in new]
+        for name in [*lost, *broken]:
             self._vacate(name)
-        return lost
+        return lost, broken
 
     # ---- Slots.
 

@@ -23,6 +23,7 @@ def new_stack(name, variable, fresh, slots):
             autocast=False,
             name=last,
         )
+    stack.vera_is_stack = True
     # And by this.
     if hasattr(variable, "vera_layer"):
         stack.vera_layer = variable.vera_layer

@@ -6,6 +6,7 @@ import banks
 import keras
 import numpy as np
 import pytest
+from banks import DIFFERENT
 from banks import ROUNDING
 from banks import alone
 from banks import compile_bank
@@ -183,6 +184,23 @@ def test_a_training_that_fails_changes_nothing(folder, outputs, x):
         )
     assert_right(bank, outputs, x, adapters)
     assert_right(open_bank(folder), outputs, x, adapters)
+
+
+def test_what_is_no_number_costs_its_own_adapter_alone(folder, outputs, x):
+    bank = open_bank(folder)
+    compile_bank(bank, keras.optimizers.SGD(0.1))
+    adapters = ["user0", "user1", "user0", "user2", "user2"]
+    broken = np.array(x[:5])
+    broken[1] = np.nan
+    with pytest.raises(ValueError, match=r"1 adapters hold NaN.*\['user1'\]"):
+        bank.fit(broken, np.arange(5) % 4, adapters=adapters, verbose=0)
+    assert_right(bank, outputs, x, ["user1", "user3"])
+    alone = open_bank(folder)
+    for name in ("user0", "user2"):
+        found = bank.predict(x[:1], [name])
+        assert largest_difference(found, outputs[name][:1]) > DIFFERENT
+        # What was written.
+        assert largest_difference(found, alone.predict(x[:1], [name])) == 0
 
 
 def test_errors_leave_the_bank_as_it_was(folder, outputs, x):

@@ -1,5 +1,7 @@
 """Banks that take names wherever examples come from."""
 
+import enum
+
 import banks
 import hub_text
 import keras
@@ -188,6 +190,41 @@ def test_more_adapters_than_slots_are_evaluated(files, data, tmp_path):
         bank.fit(PyData(x, y, MIXED))
 
 
+@pytest.mark.parametrize(
+    "reduction", ["sum", "sum_over_batch_size", "mean_with_sample_weight"]
+)
+def test_batches_are_scored_whole(files, data, tmp_path, reduction):
+    """However few adapters fit at a time."""
+    x, y = data
+    weights = np.linspace(0.5, 3, len(x))
+    found = []
+    for folder, capacity in ((None, 3), (tmp_path / "bank", 2)):
+        bank = open_bank(files, folder, capacity)
+        bank.model.compile(
+            loss=keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction=reduction
+            ),
+            metrics=["accuracy"],
+            weighted_metrics=["accuracy", "sparse_categorical_crossentropy"],
+        )
+        kwargs = {"sample_weight": weights, "batch_size": 6, "verbose": 0}
+        found.append(
+            [
+                bank.evaluate(x, y, MIXED, **kwargs),
+                bank.evaluate(x, y, MIXED, return_dict=True, **kwargs),
+            ]
+        )
+    (expected, by_name), (scores, scores_by_name) = found
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert scores_by_name == pytest.approx(by_name, abs=1e-5)
+
+
+class Users(str, enum.Enum):  # noqa: UP042 - that of before 3.11.
+    ANN = "ann"
+    BOB = "bob"
+    EVE = "eve"
+
+
 def test_names_in_other_forms(files, data):
     x, _ = data
     bank = open_bank(files, None)
@@ -198,6 +235,7 @@ def test_names_in_other_forms(files, data):
         np.array(texts),
         np.array([text.encode() for text in texts]),
         np.array(MIXED, object),
+        [name and Users(name) for name in MIXED],
     ):
         np.testing.assert_array_equal(bank.predict(x, names), expected)
 
@@ -238,6 +276,7 @@ def test_names_in_other_forms(files, data):
             "'ann'|'eve'",
         ),
         (lambda b, x, y: b.predict(x, [3] * 8), "must hold names"),
+        (lambda b, x, y: b.predict(x[:2], {"ann", "bob"}), "must be a list"),
     ],
 )
 def test_bad_names(files, data, call, match):

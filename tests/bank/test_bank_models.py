@@ -1,0 +1,284 @@
+"""What of a model an `AdapterBank` can hold, and what it refuses."""
+
+import banks
+import keras
+import numpy as np
+import pytest
+from banks import ROUNDING
+from banks import expected_rows
+from banks import make_bank
+from banks import make_classifier
+from banks import make_files
+from helpers import largest_difference
+from helpers import predict
+from helpers import spoil
+from peft_families import both_models
+from peft_families import with_peft
+
+import keras_vera
+
+pytestmark = pytest.mark.in_turn
+
+NAMES = ["ann", "bob"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    return make_files(tmp_path, NAMES)
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(4, 3, banks.INPUTS)).astype("float32")
+
+
+# ---- Matrices that no seed makes.
+
+
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "folder"])
+def test_adapters_with_matrices_of_their_own(files, x, tmp_path, in_folder):
+    """Such as a sum, and what comes from PEFT."""
+    total = tmp_path / "sum.vera.safetensors"
+    keras_vera.combine({files["ann"]: 0.5, files["bob"]: 0.5}, total)
+
+    def loaded():
+        model = make_classifier(vera=False)
+        keras_vera.load_adapter(model, total)
+        return model
+
+    model = loaded()
+    own = {"sum": total}
+    for seed in (1, 2):
+        banks.randomize(model, seed)
+        own[f"user{seed}"] = tmp_path / f"user{seed}.vera.safetensors"
+        keras_vera.save_adapter(model, own[f"user{seed}"])
+    outputs = {None: predict(make_classifier(vera=False), x)}
+    for name, file in own.items():
+        keras_vera.load_adapter(model, file)
+        outputs[name] = predict(model, x)
+
+    folder = tmp_path / "bank" if in_folder else None
+    bank = keras_vera.AdapterBank(loaded(), 3, folder)
+    for name, file in own.items():
+        bank.load(name, file)
+    # The head of the base is that of the model that the bank is for.
+    names = ["user1", "sum", "user2", "user1"]
+    expected = expected_rows(outputs, names)
+    assert largest_difference(bank.predict(x, names), expected) < ROUNDING
+    for name, file in own.items():
+        bank.save(name, tmp_path / "saved.vera.safetensors")
+        assert (tmp_path / "saved.vera.safetensors").read_bytes() == (
+            file.read_bytes()
+        )
+    bank.remove("sum")
+    bank.add("fresh")
+    bank.save("fresh", tmp_path / "fresh.vera.safetensors")
+    keras_vera.load_adapter(
+        make_classifier(vera=False), tmp_path / "fresh.vera.safetensors"
+    )
+    # Other matrices do not fit.
+    other = tmp_path / "other.vera.safetensors"
+    keras_vera.combine({files["ann"]: 0.3, files["bob"]: 0.7}, other)
+    with pytest.raises(keras_vera.AdapterFileError, match="random matrices"):
+        bank.load("other", other)
+    assert sorted(bank.names) == ["fresh", "user1", "user2"]
+
+
+def test_biases_of_an_adapter_are_refused(tmp_path):
+    model, backbone = both_models("bert", tmp_path)
+    with_peft(model, ["query"], bias="vera_only").save_pretrained(
+        tmp_path / "peft"
+    )
+    keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
+    with pytest.raises(ValueError, match="a bias of its own"):
+        keras_vera.AdapterBank(backbone, 2)
+
+
+# ---- Heads.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_regularizer": "l2"}, "`kernel_regularizer` of layer 'head'"),
+        ({"bias_regularizer": "l1"}, "`bias_regularizer` of layer 'head'"),
+        ({"kernel_constraint": "max_norm"}, "`kernel_constraint` of layer"),
+        ({"bias_constraint": "non_neg"}, "`bias_constraint` of layer 'head'"),
+    ],
+)
+def test_heads_whose_options_are_of_all_numbers(options, message):
+    base = make_classifier().get_layer(index=1)
+    head = keras.layers.Dense(3, name="head", **options)
+    model = keras.Model(base.input, head(base.output))
+    with pytest.raises(ValueError, match=message):
+        keras_vera.AdapterBank(model, 2)
+    head.trainable = False
+    keras_vera.AdapterBank(model, 2)
+
+
+class LogitsFirst(keras.Model):
+    """Layers in another order than that in which they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = keras.layers.Dense(3)
+        self.pooler = keras.layers.Dense(5, activation="tanh")
+        self.body = make_classifier().get_layer(index=1)
+
+    def call(self, x):
+        return self.logits(self.pooler(self.body(x)))
+
+
+def two_outputs():
+    base = make_classifier().get_layer(index=1)
+    outputs = [keras.layers.Dense(n)(base.output) for n in (4, 6)]
+    return keras.Model(base.input, outputs)
+
+
+@pytest.mark.parametrize("make", [LogitsFirst, two_outputs])
+def test_classes_of_a_head_that_is_not_known(make, x, tmp_path):
+    model = make()
+    model(x)
+    bank = keras_vera.AdapterBank(model, 2)
+    with pytest.raises(ValueError, match="a head that gives the model's"):
+        bank.add("ann", classes=2)
+    bank.add("ann")
+    # All else works.
+    path = tmp_path / "ann.vera.safetensors"
+    bank.save("ann", path)
+    bank.load("bob", path)
+    expected = keras.tree.flatten(model.predict(x, verbose=0))
+    for name in ("ann", "bob", None):
+        found = keras.tree.flatten(bank.predict(x, [name] * len(x)))
+        for one, other in zip(found, expected, strict=True):
+            assert largest_difference(one, other) < ROUNDING
+
+
+def nested(head):
+    base = make_classifier().get_layer(index=1)
+    inner = keras.Sequential([base, keras.layers.Dense(7, "tanh"), head])
+    inputs = keras.Input(base.input_shape[1:])
+    return keras.Model(inputs, keras.layers.Softmax()(inner(inputs)))
+
+
+def one_of_two_outputs(head):
+    base = make_classifier().get_layer(index=1)
+    return keras.Model(base.input, [base.output, head(base.output)])
+
+
+class Subclassed(keras.Model):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+        self.body = make_classifier().get_layer(index=1)
+
+    def call(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("make", [nested, one_of_two_outputs, Subclassed])
+def test_classes_are_those_of_the_last_head(make, x):
+    head = keras.layers.Dense(4, name="head")
+    model = make(head)
+    model(x)
+    bank = keras_vera.AdapterBank(model, 1)
+    bank.add("ann", classes=3)
+    outputs = bank.predict(x, ["ann"] * len(x))
+    logits = keras.tree.flatten(outputs)[-1]
+    expected = keras.tree.flatten(model.predict(x, verbose=0))[-1]
+    if make is nested:  # Probabilities.
+        assert np.all(logits[:, 3] == 0)
+        expected = expected[:, :3] / expected[:, :3].sum(axis=1, keepdims=True)
+    else:
+        assert np.all(logits[:, 3] == -1e9)
+    assert largest_difference(logits[:, :3], expected[:, :3]) < ROUNDING
+
+
+# ---- The base.
+
+
+def test_weights_that_come_after_the_bank(files, x, tmp_path):
+    base_weights = tmp_path / "base.weights.h5"
+    other = make_classifier(vera=False)
+    spoil(other, scale=0.1)
+    for layer in other.layers[1].layers:
+        for v in layer.weights:
+            v.assign(np.array(v) + 0.1)
+    other.save_weights(base_weights)
+    model = make_classifier()
+    bank = make_bank(files, 4, model)
+    model.load_weights(base_weights)
+    path = tmp_path / "late.vera.safetensors"
+    for call in (
+        lambda: bank.save("ann", path),
+        lambda: bank.load("new", files["bob"]),
+        lambda: bank.add("new"),
+    ):
+        with pytest.raises(ValueError, match="other weights than when"):
+            call()
+    assert bank.names == NAMES and not path.exists()
+
+
+def test_an_optimizer_of_another_model_trains_all_of_it(files, x):
+    """It was compiled for a bank before, and built for a plain model."""
+    optimizer = keras.optimizers.SGD(0.1)
+    plain_class = type(optimizer)
+    bank = make_bank(files)
+    bank.model.compile(optimizer, "mse")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile(optimizer, "mse")
+    before = np.array(model.layers[0].kernel)
+    model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
+    assert np.all(np.array(model.layers[0].kernel) != before)
+    assert type(optimizer) is plain_class
+
+
+# ---- Inputs.
+
+
+def test_inputs_of_whole_numbers_are_no_ids(tmp_path, rng):
+    """As of a recommender, whose last input has the shape `(batch,)`."""
+    keras.utils.set_random_seed(0)
+    features, item = keras.Input((4,)), keras.Input((), dtype="int32")
+    y = keras.layers.Concatenate()(
+        [
+            keras.layers.Dense(5, name="up")(features),
+            keras.layers.Embedding(9, 3)(item),
+        ]
+    )
+    base = keras.Model([features, item], y)
+    keras_vera.enable_vera(base, rank=4, targets="all-linear")
+    head = keras.layers.Dense(2, name="head")
+    model = keras.Model(base.inputs, head(base.output))
+    bank = keras_vera.AdapterBank(model, 2)
+    for name in NAMES:
+        bank.add(name)
+    bank.model.compile("sgd", "mse")
+    x = [rng.normal(size=(4, 4)).astype("float32"), np.arange(4)]
+    y = rng.normal(size=(4, 2)).astype("float32")
+    names = ["ann", "bob", "ann", "bob"]
+    data = (x, y, names)
+    bank.fit(x, y, adapters=names, validation_data=data, verbose=0)
+    expected = bank.predict(x, names)
+    pairs = ((tuple(x), np.array(names)) for _ in range(1))
+    assert largest_difference(bank.predict(pairs), expected) < ROUNDING
+    history = bank.fit(
+        x, y, adapters=names, validation_data=data, epochs=2, verbose=0
+    )
+    assert "val_loss" in history.history
+
+
+def test_rows_are_counted_before_anything_trains(files, x):
+    bank = make_bank(files)
+    bank.model.compile("sgd", "sparse_categorical_crossentropy")
+    before = banks.stacks(bank)
+    names = ["ann", "bob"] * 2
+    for y, weights, message in (
+        ([0, 1, 2, 0], None, r"`y` must be arrays.*shape of \(\) for 4"),
+        (np.zeros(3), None, r"`y` must be arrays.*shape of \(3,\) for 4"),
+        (np.zeros(4), [1, 1, 0, 1], "`sample_weight` must be arrays"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bank.fit(x, y, adapters=names, sample_weight=weights)
+    for key, value in banks.stacks(bank).items():
+        np.testing.assert_array_equal(value, before[key])
