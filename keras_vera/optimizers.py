@@ -133,9 +133,11 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         self._layers_factor = 1.0
         # By whether it is for vectors, and the factor of its rate.
         self._scaled, self._paths = {}, {}
-        # Factors that a file has, by whether it is for vectors, and by the
-        # end of a path. Kernels, which say them as well, are read later.
-        self.recorded = {}
+        # The factor and the shape of each variable, in order: of those that
+        # are assigned, and what a file has. There, kernels, which say the
+        # factors as well, are read later.
+        self._assigned, self.recorded = [], []
+        self._recorded_factors = {}
 
     def assign(self, variables):
         """Forgets all other variables, and makes what these need.
@@ -147,15 +149,21 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         few = min(max(len(layers), _FEWEST_LAYERS), _LAYERS)
         self._layers_factor = math.sqrt(_LAYERS / few) if self.by_layers else 1
         self._scaled, self._paths = {}, {}
-        for variable in variables:
-            self(variable)
+        shapes = [list(v.shape) for v in variables]
+        self._recorded_factors = {}
+        if [shape for _, shape in self.recorded] == shapes:
+            factors = (factor for factor, _ in self.recorded)
+            self._recorded_factors = dict(zip(map(id, variables), factors))
+        self.recorded = []
+        own = [getattr(self(v), "rate_factor", 1.0) for v in variables]
+        self._assigned = [list(pair) for pair in zip(own, shapes)]
         return [*self.values(), *self._scaled.values(), self.default_optimizer]
 
     def __call__(self, variable):
         optimizer = self[variable.path]
         of_vectors = optimizer is not self.default_optimizer
         with _keras.outside_of_tracing():
-            factor = self._recorded_factor(of_vectors, variable.path)
+            factor = self._recorded_factors.get(id(variable))
             if factor is None and of_vectors:
                 factor = self._factor_of_vector(variable)
             elif factor is None:
@@ -167,12 +175,6 @@ class _ByVariable(keras.optimizers.OptimizerMap):
             if key not in self._scaled:
                 self._scaled[key] = _scaled(optimizer, factor)
         return self._scaled[key]
-
-    def _recorded_factor(self, of_vectors, path):
-        parts = path.split("/")
-        ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        found = (self.recorded.get((of_vectors, end)) for end in ends)
-        return next((x for x in found if x is not None), None)
 
     def _factor_of_vector(self, variable):
         layer = _layer_of(variable)
@@ -204,10 +206,7 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         )
         # Keras' own class leaves it alone.
         rates = {name: getattr(self, name) for name in _SETTINGS}
-        rates["factors"] = [
-            [key[0], getattr(self._scaled.get(key), "rate_factor", 1.0), own]
-            for key, own in ends.items()
-        ]
+        rates["factors"] = self._assigned
         return {**plain.get_config(), "rates": rates}
 
     @classmethod
@@ -238,7 +237,6 @@ class MultiOptimizer(keras.optimizers.MultiOptimizer):
             for optimizer in self._inner_optimizers:
                 optimizer.loss_scale_factor = self.loss_scale_factor
         super().build(var_list)
-        self._optimizer_map.recorded = {}
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         for optimizer in self.optimizers:
@@ -259,16 +257,14 @@ class _InFiles:
     @staticmethod
     def from_config(config, custom_objects=None):
         rates = config["optimizer_map"]["config"].get("rates")
-        if rates is None:
+        is_file = _keras.objects_being_loaded() is not None
+        if rates is None or (is_file and "factors" not in rates):
             return keras.optimizers.MultiOptimizer.from_config(
                 config, custom_objects
             )
         made = MultiOptimizer.from_config(config, custom_objects)
-        made._optimizer_map.recorded = {
-            (of_vectors, end): factor
-            for of_vectors, factor, ends in rates.get("factors", ())
-            for end in ends
-        }
+        if is_file:
+            made._optimizer_map.recorded = rates["factors"]
         return made
 
 

@@ -884,6 +884,7 @@ def test_a_file_of_nested_layers_of_one_name(tmp_path, data):
         )
         for d in (0.1, 0.8)
     ]
+    inner[0].layers[0]._kernel.assign(4 * np.eye(6))
     model = keras.Sequential([*inner, keras.layers.Dense(3)])
     model.compile(keras_vera.vera_optimizer(), "mse")
     model.fit(*data, verbose=0)

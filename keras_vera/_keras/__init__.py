@@ -69,11 +69,13 @@ from keras_vera._keras.structure import (
 )
 from keras_vera._keras.structure import flatten_in_order as flatten_in_order
 from keras_vera._keras.structure import flatten_layers as flatten_layers
+from keras_vera._keras.structure import is_graph as is_graph
 from keras_vera._keras.structure import is_rematerialized as is_rematerialized
 from keras_vera._keras.structure import own_variables as own_variables
 from keras_vera._keras.structure import stored_attribute as stored_attribute
 from keras_vera._keras.structure import structural_paths as structural_paths
 from keras_vera._keras.structure import sub_layers as sub_layers
+from keras_vera._keras.structure import symbolic_inputs as symbolic_inputs
 from keras_vera._keras.structure import takes_training as takes_training
 from keras_vera._keras.structure import trained_variables as trained_variables
 from keras_vera._keras.structure import (

@@ -1,6 +1,7 @@
 """What a model is made of: layers, their paths and their variables."""
 
 import keras
+from keras.src.models.functional import Functional
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
@@ -108,6 +109,21 @@ def takes_training(layer):
 
 def draws_random_numbers(layer):
     return bool(layer._seed_generators)
+
+
+def is_graph(layer):
+    """Says whether a layer is a model made of symbolic inputs and outputs."""
+    return isinstance(layer, (Functional, keras.Sequential))
+
+
+def symbolic_inputs(operation, node):
+    """Returns the symbolic tensors that an operation was called on.
+
+    Args:
+        operation: A layer or another operation.
+        node: Integer, in which of its calls.
+    """
+    return operation._inbound_nodes[node].input_tensors
 
 
 def is_rematerialized(layer):

@@ -36,7 +36,8 @@ class Examples:
                     raise ValueError(
                         f"`{what}` must be arrays whose first axis is that of "
                         f"the examples. Received: a shape of {tuple(shape)} "
-                        f"for {len(self.names)} examples"
+                        f"for {len(self.names)} examples. A list of numbers "
+                        "is no array: pass `numpy.array(...)`."
                     )
         return self
 

@@ -48,6 +48,7 @@ class BankFiles:
             "unsaved": unsaved.as_header(self._unsaved),
         }
         self._matrices = saved.carried_matrices(layers)
+        self._pair = layers[0].projection.beginnings()
         self._expected = saved.expected_entries(self._paths)
         names = {id(v): name for name, v in self.variables.items()}
         self.layers, heads, self.fresh = {}, [], {}
@@ -148,9 +149,17 @@ class BankFiles:
     def check_base(self):
         """Raises if the base has other weights than when the bank was made.
 
-        Two kernels are looked at: other weights are others everywhere.
+        Two kernels are looked at, and where A and B begin: weights that are
+        loaded are others everywhere.
         """
         layers = self._header["layers"]
+        projection = self._paths[min(layers)].projection
+        if not all(map(np.array_equal, projection.beginnings(), self._pair)):
+            raise ValueError(
+                "The base has other random matrices than when its "
+                "`AdapterBank` was made. `set_weights` or a checkpoint of "
+                "another seed has brought them. Make the bank afterwards."
+            )
         for path in {min(layers), max(layers)}:
             kernel = stored_kernel(self._paths[path])
             if kernel_fingerprint(kernel) != layers[path]["kernel_fingerprint"]:

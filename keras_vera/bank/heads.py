@@ -5,6 +5,7 @@ import functools
 import keras
 from keras import ops
 
+from keras_vera import _keras
 from keras_vera.layers._mixed_batch import check_rows
 from keras_vera.layers._mixed_batch import rows_of
 
@@ -69,27 +70,40 @@ def output_head(model, heads):
         model: The model that the bank is for.
         heads: List of its heads.
     """
+    if len(heads) < 2:
+        return heads[0] if heads else None
     outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
     # The order of the layers of other models is not that of their calls.
-    found = [_last_head(y, heads) for y in outputs] if outputs else heads
-    found = [layer for layer in heads if layer in found]
-    return found[0] if len(found) == 1 else None
+    if not all(map(keras.backend.is_keras_tensor, outputs)):
+        return None
+    found = {_last_head(y, heads) for y in outputs} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _last_head(y, heads):
-    """Returns the head through which a symbolic output came last, if any."""
-    while keras.backend.is_keras_tensor(y):
-        operation, _, index = y._keras_history
+    """Returns the head through which a symbolic output came last.
+
+    `None` if there is none on its way, as far as that is one way.
+    """
+    while True:
+        operation, node, index = y._keras_history
         if operation in heads:
             return operation
-        if isinstance(operation, keras.Model) and hasattr(operation, "outputs"):
-            y = operation.outputs[index]
+        if _has_any(operation, heads):
+            if not _keras.is_graph(operation):
+                return None  # Somewhere inside.
+            y = keras.tree.flatten(operation.outputs)[index]
             continue
-        try:
-            y = operation.input
-        except (AttributeError, ValueError):  # Of none, or of several calls.
-            break
-    return None
+        inputs = _keras.symbolic_inputs(operation, node)
+        if len(inputs) != 1:
+            return None
+        (y,) = inputs
+
+
+def _has_any(operation, heads):
+    if not isinstance(operation, keras.Layer):
+        return False
+    return any(x in heads for x in _keras.flatten_layers(operation))
 
 
 @functools.cache

@@ -67,6 +67,9 @@ class TrainsRows:
         variables = list(trainable_variables)
         if not self.built:
             self.build(variables)
+            if not isinstance(self, TrainsRows):
+                self.apply(grads, trainable_variables)
+                return
         grads = [None if grad is None else _dense(grad) for grad in grads]
         row = np.arange(variables[0].shape[0])
         moving = row < 0

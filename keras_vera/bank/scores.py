@@ -39,13 +39,14 @@ class Scores:
                 lambda v, rows=rows: None if v is None else v[rows],
                 {"y": y, "y_pred": outputs, "sample_weight": sample_weight},
             )
+            # The loss of each output is a metric as well.
+            self._restart(slot)
             loss = self._model.compute_loss(x=None, **part, training=False)
             total, count = self._losses.get(slot, (0.0, 0))
             self._losses[slot] = (
                 total + float(ops.convert_to_numpy(loss)) * len(rows),
                 count + len(rows),
             )
-            self._restart(slot)
             self._model.compute_metrics(x=None, **part)
             self._counted[slot] = [
                 ops.convert_to_numpy(v) for v in self._variables()
@@ -99,4 +100,6 @@ def of_all(model, slots, data, kwargs):
         ids = np.zeros(len(tree.flatten(outputs)[0]), "int32")
         scores.add_outputs(ids, outputs, *targets)
     found = scores.results()[0]
-    return found if return_dict else _keras.in_order_of_metrics(model, found)
+    if return_dict:
+        return dict(sorted(found.items()))  # As Keras does.
+    return _keras.in_order_of_metrics(model, found)

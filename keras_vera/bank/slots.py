@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 
+from keras_vera import _keras
 from keras_vera.bank import mix
 from keras_vera.bank.register import collected
 from keras_vera.files.format import AdapterFileError
@@ -71,7 +72,7 @@ class Slots:
 
     def put(self, name, arrays, classes, replace=False):
         """Adds an adapter; with `replace`, also in the place of another."""
-        self.files.check_base()
+        self._check_base()
         if self.folder is not None:
             content = self.files.encoded(arrays, classes)
             self._register.add(name, content, replace)
@@ -106,7 +107,7 @@ class Slots:
 
     def save(self, name, filepath, arrays=None, dtype="float32"):
         """Writes an adapter, or other arrays for it, to a file."""
-        self.files.check_base()
+        self._check_base()
         (slot,) = self.bring([name])
         if arrays is None:
             (arrays,) = self._model.read([slot])
@@ -279,7 +280,7 @@ class Slots:
         Args:
             names: The adapters that the training uses, which are in slots.
         """
-        self.files.check_base()
+        self._check_base()
         before = self._model.row_steps()
         self._register.held = {name: self._versions[name] for name in names}
         try:
@@ -340,6 +341,10 @@ class Slots:
         for name in [*lost, *broken]:
             self._vacate(name)
         return lost, broken
+
+    def _check_base(self):
+        _keras.synchronize(self._model)
+        self.files.check_base()
 
     # ---- Slots.
 

@@ -10,7 +10,6 @@ import json
 import warnings
 
 import numpy as np
-from keras import ops
 
 from keras_vera import _keras
 from keras_vera.layers._base_layer import stored_kernel
@@ -127,16 +126,12 @@ class InPlaceVeRA:
         adaptation = getattr(self, "vera_adaptation", None)
         if adaptation is not None and adaptation.trained.names():
             identity["trained"] = adaptation.trained.names()
-        if self.projection.structure == EXPLICIT or not self._has_own_pair():
+        projection = self.projection
+        if projection.structure == EXPLICIT or not projection.is_made_of_seed(
+            *projection.beginnings()
+        ):
             identity["sha256"] = pair_sha256(*self.projection_slices())
         return identity
-
-    def _has_own_pair(self):
-        a, b_matrix = self.vera_kernel_a, self.vera_kernel_b
-        return self.projection.is_made_of_seed(
-            _keras.to_numpy(ops.convert_to_tensor(a)[:1]),
-            _keras.to_numpy(ops.convert_to_tensor(b_matrix)[:, :1]),
-        )
 
     def _is_of_this_adapter(self, group):
         if "identity" not in group:

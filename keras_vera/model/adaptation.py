@@ -201,8 +201,9 @@ def _check_kernels_are_own(model, layers):
     owners = {}
     for layer in _keras.flatten_layers(model):
         # A wrapper may hold the kernel too, and leaves its use to the layer.
-        if layer.built and family_of(type(layer)) is not None:
-            owners.setdefault(id(stored_kernel(layer)), set()).add(layer)
+        if family_of(type(layer)) is not None:
+            for variable in _keras.own_variables(layer):
+                owners.setdefault(id(variable), set()).add(layer)
     for layer in layers:
         others = owners.get(id(stored_kernel(layer)), set()) - {layer}
         if others:

@@ -155,6 +155,12 @@ class SharedProjection:
             a[:1], self._part_of_a((first, all_))
         ) and np.array_equal(b_matrix[:, :1], self._part_of_b((all_, first)))
 
+    def beginnings(self):
+        """Returns the first row of A and the first column of B, as arrays."""
+        a = ops.convert_to_tensor(self.vera_kernel_a)[:1]
+        b_matrix = ops.convert_to_tensor(self.vera_kernel_b)[:, :1]
+        return _keras.to_numpy(a), _keras.to_numpy(b_matrix)
+
     def structure_of(self, contraction, rank=None):
         """Returns how the pair of a layer, of no higher rank, is laid out."""
         return self._make_structure(

@@ -135,7 +135,18 @@ def two_outputs():
     return keras.Model(base.input, outputs)
 
 
-@pytest.mark.parametrize("make", [LogitsFirst, two_outputs])
+def wrapped_after_another():
+    """The last head is inside another layer, where nobody looks."""
+    base = make_classifier().get_layer(index=1)
+    y = keras.layers.Dense(6, "tanh", name="bottleneck")(base.output)
+    y = keras.layers.Reshape((2, 3))(y)
+    head = keras.layers.Dense(4, name="head")
+    return keras.Model(base.input, keras.layers.TimeDistributed(head)(y))
+
+
+@pytest.mark.parametrize(
+    "make", [LogitsFirst, two_outputs, wrapped_after_another]
+)
 def test_classes_of_a_head_that_is_not_known(make, x, tmp_path):
     model = make()
     model(x)
@@ -176,7 +187,32 @@ class Subclassed(keras.Model):
         return self.head(self.body(x))
 
 
-@pytest.mark.parametrize("make", [nested, one_of_two_outputs, Subclassed])
+def the_only_one(head):
+    """However its logits get to the output."""
+    base = make_classifier().get_layer(index=1)
+    y = head(base.output)
+    return keras.Model(base.input, keras.layers.Add()([y, y * 0]))
+
+
+def through_a_model_without_heads(head):
+    base = make_classifier().get_layer(index=1)
+    after = keras.Sequential(
+        [keras.layers.Reshape((2, 2)), keras.layers.Flatten()]
+    )
+    y = head(keras.layers.Dense(7, "tanh")(base.output))
+    return keras.Model(base.input, after(y))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nested,
+        one_of_two_outputs,
+        Subclassed,
+        the_only_one,
+        through_a_model_without_heads,
+    ],
+)
 def test_classes_are_those_of_the_last_head(make, x):
     head = keras.layers.Dense(4, name="head")
     model = make(head)
@@ -209,7 +245,9 @@ def test_weights_that_come_after_the_bank(files, x, tmp_path):
     bank = make_bank(files, 4, model)
     model.load_weights(base_weights)
     path = tmp_path / "late.vera.safetensors"
+    bank.model.compile("sgd", "mse")
     for call in (
+        lambda: bank.fit(x[:1], np.ones((1, 4)), adapters=["ann"]),
         lambda: bank.save("ann", path),
         lambda: bank.load("new", files["bob"]),
         lambda: bank.add("new"),
@@ -219,7 +257,47 @@ def test_weights_that_come_after_the_bank(files, x, tmp_path):
     assert bank.names == NAMES and not path.exists()
 
 
-def test_an_optimizer_of_another_model_trains_all_of_it(files, x):
+@pytest.mark.parametrize("part", [slice(-1, None), slice(-2, -1)])
+def test_random_matrices_that_come_after_the_bank(files, part, tmp_path):
+    """One of the two is enough."""
+    model = make_classifier()
+    bank = make_bank(files, 4, model)
+    names = ["vera_kernel_a", "vera_kernel_b"]
+    (variable,) = [v for v in model.weights if v.name in names][part]
+    variable.assign(-1 * np.array(variable))
+    with pytest.raises(ValueError, match="other random matrices"):
+        bank.save("ann", tmp_path / "late.vera.safetensors")
+    with pytest.raises(ValueError, match="are not those of seed=0"):
+        keras_vera.save_adapter(model, tmp_path / "late.vera.safetensors")
+
+
+def test_a_bank_changes_in_the_middle_of_an_epoch(files, x, tmp_path):
+    """On JAX, the weights are elsewhere then."""
+    bank = make_bank(files, 4)
+    bank.model.compile("sgd", "mse")
+    path = tmp_path / "ann.vera.safetensors"
+
+    class Save(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            bank.save("ann", path)
+            bank.load(f"copy{batch}", path)
+
+    bank.fit(
+        x,
+        np.ones((4, 4)),
+        adapters=["ann", "bob"] * 2,
+        batch_size=2,
+        callbacks=[Save()],
+        verbose=0,
+    )
+    assert bank.names == [*NAMES, "copy0", "copy1"]
+    names = ["copy1"] * len(x), ["ann"] * len(x)
+    found, expected = (bank.predict(x, own) for own in names)
+    assert largest_difference(found, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("apply", [False, True], ids=["fit", "apply"])
+def test_an_optimizer_of_another_model_trains_all_of_it(files, apply):
     """It was compiled for a bank before, and built for a plain model."""
     optimizer = keras.optimizers.SGD(0.1)
     plain_class = type(optimizer)
@@ -228,7 +306,12 @@ def test_an_optimizer_of_another_model_trains_all_of_it(files, x):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     model.compile(optimizer, "mse")
     before = np.array(model.layers[0].kernel)
-    model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
+    if apply:
+        variables = model.trainable_variables
+        ones = [keras.ops.ones(v.shape) for v in variables]
+        optimizer.apply(ones, variables)
+    else:
+        model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
     assert np.all(np.array(model.layers[0].kernel) != before)
     assert type(optimizer) is plain_class
 

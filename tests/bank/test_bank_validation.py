@@ -219,6 +219,42 @@ def test_batches_are_scored_whole(files, data, tmp_path, reduction):
     assert scores_by_name == pytest.approx(by_name, abs=1e-5)
 
 
+def test_losses_of_several_outputs(files, data, tmp_path):
+    """Keras counts them as metrics."""
+    x, y = data
+    found = []
+    for capacity in (3, 2):
+        base = make_classifier().get_layer(index=1)
+        keras.utils.set_random_seed(1)
+        heads = [keras.layers.Dense(n, name=f"head{n}") for n in (2, 4)]
+        model = keras.Model(base.input, [head(base.output) for head in heads])
+        folder = tmp_path / f"bank{capacity}"
+        bank = keras_vera.AdapterBank(model, capacity, folder)
+        for name in NAMES:
+            bank.add(name)
+        bank.model.compile(
+            loss=[
+                keras.losses.SparseCategoricalCrossentropy(
+                    from_logits=True, name=name
+                )
+                for name in ("first", "second")
+            ]
+        )
+        for kwargs in ({"return_dict": True}, {}):
+            values = bank.evaluate(
+                x, [y % 2, y], MIXED, batch_size=6, verbose=0, **kwargs
+            )
+            if kwargs:
+                found.append(list(values))
+                values = list(values.values())
+            found.append(values)
+    names, values, in_order, other_names, other_values, other_in_order = found
+    assert names == other_names and len(names) == 3
+    assert min(values) > 0.1
+    assert other_values == pytest.approx(values, abs=1e-5)
+    assert other_in_order == pytest.approx(in_order, abs=1e-5)
+
+
 class Users(str, enum.Enum):  # noqa: UP042 - that of before 3.11.
     ANN = "ann"
     BOB = "bob"

@@ -608,3 +608,23 @@ def test_sparse_inputs(plan, rng):
         )
     for one, other in zip(*found, strict=True):
         assert largest_difference(one, other) < 1e-5
+
+
+class LowRank(keras.layers.Dense):
+    """A layer that has factors in the place of a kernel."""
+
+    def build(self, input_shape):
+        self.u = self.add_weight(shape=(input_shape[-1], 2), name="u")
+        self.v = self.add_weight(shape=(2, self.units), name="v")
+        self.built = True
+
+    def call(self, x):
+        return (x @ self.u) @ self.v
+
+
+def test_layers_without_a_kernel_do_not_matter():
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(4, name="one"), LowRank(4)]
+    )
+    keras_vera.enable_vera(model, rank=4, targets="one")
+    assert len(adapted(model)) == 1
