@@ -70,6 +70,10 @@ class NamedBatches:
         else:
             ids = self.ids_of(names)
             if self._model is not None:
+                if _is_texts(x) and len(x) == len(ids):
+                    # Not the segments of one example: PyTorch's default
+                    # collate makes a tuple of texts.
+                    x = list(x)
                 x = tree.map_structure(_as_texts, x)
                 x, y, sample_weight = preprocessed(
                     self._model, x, y, sample_weight
@@ -196,6 +200,10 @@ def _symbolic_ids(ids_of, names):
     ids = tf.numpy_function(ids_of, [names], tf.int32)
     ids.set_shape(names.shape)
     return ids
+
+
+def _is_texts(x):
+    return isinstance(x, tuple) and all(isinstance(text, str) for text in x)
 
 
 def _as_texts(x):

@@ -17,6 +17,9 @@ from keras_vera.layers._in_place import is_adapted
 from keras_vera.model import adaptation
 from keras_vera.product.checks import check_integer
 
+# Backbones of KerasHub whose batch holds all examples twice, for guidance.
+_STACKING = {"StableDiffusion3Backbone"}
+
 
 class BankFiles:
     """What an adapter of a model consists of, and how files hold it.
@@ -37,6 +40,7 @@ class BankFiles:
         layers = adaptation.check_adapted(model)
         adaptation.check_base_is_clean(model, layers)
         _check_no_rematerialization(model)
+        _check_no_stacked_batches(model)
         _keras.synchronize(model)
         self._paths = _keras.structural_paths(model)
         _check_nothing_more_trains(self._paths)
@@ -227,6 +231,18 @@ def _check_no_rematerialization(model):
                 "PyTorch it runs again in the backward pass, when it is not "
                 "known any more which example has which adapter. Build the "
                 "model without the scope, or use another backend."
+            )
+
+
+def _check_no_stacked_batches(model):
+    for layer in _keras.flatten_layers(model):
+        names = {x.__name__ for x in type(layer).__mro__}
+        if names & _STACKING:
+            raise ValueError(
+                f"Model '{layer.name}', a {type(layer).__name__}, computes two "
+                "outputs for each example and puts those of all examples one "
+                "after the other, so that an `AdapterBank` could not tell "
+                "which rows have which adapter. Load adapters one by one."
             )
 
 

@@ -35,6 +35,14 @@ class Generator:
             model.compile()
         # A new stand-in also when `enable_vera` and the like reset the old.
         compiled_with = [getattr(model, name) for name in _COMPILED_WITH]
+        # One sampler may be set otherwise, and compiled again.
+        compiled_with.append(
+            {
+                name: value
+                for name, value in vars(model.sampler).items()
+                if isinstance(value, (str, int, float))
+            }
+        )
         if compiled_with != self._compiled_with:
             self._stand_in = _make_stand_in(model)
             self._compiled_with = compiled_with
@@ -85,7 +93,9 @@ def _class_with_rows(plain_class):
 
 def check_can_generate(model, prompts):
     is_model = isinstance(model, keras.Model)
-    if not (is_model and hasattr(model, "generate_step")):
+    # Those that make images have no sampler.
+    can_generate = hasattr(model, "generate_step") and hasattr(model, "sampler")
+    if not (is_model and can_generate):
         raise ValueError(
             "`generate` needs a bank on a `keras_hub.models.CausalLM`. "
             f"Received: a bank on a {type(model).__name__}"

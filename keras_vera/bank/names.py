@@ -57,6 +57,9 @@ def are_names(values):
 
 
 def count_examples(x):
+    if isinstance(x, dict):
+        texts = [value for value in x.values() if _is_texts(value)]
+        x = texts[0] if texts else x
     return len(x if _is_texts(x) else tree.flatten(x)[0])
 
 

@@ -158,6 +158,13 @@ def test_no_adapter_is_compiled_in(tmp_path, monkeypatch):
     # Another sampler.
     task.compile(sampler=SAMPLERS["beam"]())
     assert_rows_are_alone(task, bank, tmp_path, prompt)
+    # One that is set otherwise.
+    sampler = RANDOM["top_k"]()
+    task.compile(sampler=sampler)
+    bank.generate(prompt, ADAPTERS, stop_token_ids=None)
+    sampler.k = 1
+    task.compile(sampler=sampler)
+    assert_rows_are_alone(task, bank, tmp_path, prompt)
 
 
 @pytest.mark.eager(False)
@@ -197,5 +204,9 @@ def test_texts(tmp_path):
     assert "no adapter named 'nobody'" in str(answers[2])
     with pytest.raises(ValueError, match="1 names for 2 examples"):
         bank.generate(prompts, ["a"])
+    with pytest.raises(ValueError, match="2 names for 3 examples"):
+        # Texts are counted, not the letters of the first.
+        texts = {"encoder_text": ["ab", "a", "b"], "decoder_text": ["a"] * 3}
+        bank.generate(texts, ["a", None])
     with pytest.raises(ValueError, match="`prompts` must be a list"):
         bank.generate("ab", ["a"])

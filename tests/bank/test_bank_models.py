@@ -2,6 +2,7 @@
 
 import banks
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from banks import ROUNDING
@@ -92,6 +93,18 @@ def test_biases_of_an_adapter_are_refused(tmp_path):
     keras_vera.load_peft_adapter(backbone, tmp_path / "peft")
     with pytest.raises(ValueError, match="a bias of its own"):
         keras_vera.AdapterBank(backbone, 2)
+
+
+class StableDiffusion3Backbone(keras.Sequential):
+    """Stands in for KerasHub's, whose name is what counts."""
+
+
+def test_models_that_stack_their_batch_are_refused():
+    assert hasattr(keras_hub.models, StableDiffusion3Backbone.__name__)
+    model = StableDiffusion3Backbone([keras.Input((4,)), keras.layers.Dense(3)])
+    keras_vera.enable_vera(model, rank=2, targets="all-linear")
+    with pytest.raises(ValueError, match="which rows have which adapter"):
+        keras_vera.AdapterBank(model, 2)
 
 
 # ---- Heads.

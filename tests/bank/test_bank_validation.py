@@ -220,7 +220,7 @@ def test_batches_are_scored_whole(files, data, tmp_path, reduction):
 
 
 def test_losses_of_several_outputs(files, data, tmp_path):
-    """Keras counts them as metrics."""
+    """Keras counts them as metrics (on TensorFlow, by batches)."""
     x, y = data
     found = []
     for capacity in (3, 2):
@@ -242,7 +242,7 @@ def test_losses_of_several_outputs(files, data, tmp_path):
         )
         for kwargs in ({"return_dict": True}, {}):
             values = bank.evaluate(
-                x, [y % 2, y], MIXED, batch_size=6, verbose=0, **kwargs
+                x, [y % 2, y], MIXED, batch_size=4, verbose=0, **kwargs
             )
             if kwargs:
                 found.append(list(values))
@@ -344,6 +344,7 @@ def test_a_dataset_that_cannot_be_read_costs_nothing(files, data, tmp_path):
 
 def test_texts_with_names(tmp_path):
     """A preprocessor takes the texts of datasets, too."""
+    torch = pytest.importorskip("torch")
     task = hub_text.make_classifier()
     keras_vera.enable_vera(task, rank=4)
     banks.randomize(task, 1)
@@ -357,6 +358,11 @@ def test_texts_with_names(tmp_path):
         found = bank.predict(make(texts, y, names))
         assert largest_difference(found[[0, 2]], expected[[0, 2]]) < ROUNDING
         assert largest_difference(found[1], expected[1]) > 1e-4
+    # Whose default collate makes a tuple of the texts of a batch.
+    loader = torch.utils.data.DataLoader(
+        list(zip(texts, y.tolist(), names)), batch_size=2
+    )
+    assert largest_difference(bank.predict(loader), found) < ROUNDING
     compile_bank(bank, keras.optimizers.SGD(0.0), "sum_over_batch_size")
     history = bank.fit(
         texts,
