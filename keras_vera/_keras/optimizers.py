@@ -56,8 +56,8 @@ def mix_in(mixin, optimizer):
     optimizer.__class__ = _mixed_class(mixin, type(optimizer))
 
 
-def mix_out(mixin, optimizer):
-    """Undoes `mix_in`, if this was the last one."""
+def mix_out(optimizer):
+    """Undoes the last `mix_in`."""
     _, plain_class = type(optimizer).__bases__
     optimizer.__class__ = plain_class
 

@@ -70,7 +70,8 @@ class NamedBatches:
         else:
             ids = self.ids_of(names)
             if self._model is not None:
-                if _is_texts(x) and len(x) == len(ids):
+                is_texts = isinstance(x, tuple) and are_names(x)
+                if is_texts and len(x) == len(ids):
                     # Not the segments of one example: PyTorch's default
                     # collate makes a tuple of texts.
                     x = list(x)
@@ -200,10 +201,6 @@ def _symbolic_ids(ids_of, names):
     ids = tf.numpy_function(ids_of, [names], tf.int32)
     ids.set_shape(names.shape)
     return ids
-
-
-def _is_texts(x):
-    return isinstance(x, tuple) and all(isinstance(text, str) for text in x)
 
 
 def _as_texts(x):

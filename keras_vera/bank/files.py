@@ -33,6 +33,7 @@ class BankFiles:
         layers: Dict by layer of the entry names that it reads; see
             `BankModel`.
         classes: Integer, the classes of the model's head; 1 without a head.
+        matrices: Dict of A and B by entry name, where no seed makes them.
     """
 
     def __init__(self, model):
@@ -51,7 +52,7 @@ class BankFiles:
             **saved.make_header(model, self._paths),
             "unsaved": unsaved.as_header(self._unsaved),
         }
-        self._matrices = saved.carried_matrices(layers)
+        self.matrices = saved.carried_matrices(layers)
         self._pair = layers[0].projection.beginnings()
         self._expected = saved.expected_entries(self._paths)
         names = {id(v): name for name, v in self.variables.items()}
@@ -128,7 +129,7 @@ class BankFiles:
             )
             for name, array in arrays.items()
         }
-        tensors.update(self._matrices)
+        tensors.update(self.matrices)
         # The layout of memory is part of the file.
         tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
         return adapter_format.encoded(self._header, tensors)

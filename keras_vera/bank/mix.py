@@ -2,10 +2,7 @@
 
 import numpy as np
 
-from keras_vera import _keras
 from keras_vera.files.combined import combined
-from keras_vera.layers._in_place import is_adapted
-from keras_vera.product.projection import EXPLICIT
 
 
 def mean(adapters, names, classes):
@@ -53,11 +50,7 @@ def combination(files, adapters, weights, method, head):
             f"{sorted(found)}. Pass `head`, the adapter whose head the result "
             "gets."
         )
-    projection = next(x for x in files.layers if is_adapted(x)).projection
-    matrices = None
-    if projection.structure == EXPLICIT:
-        both = projection.vera_kernel_a, projection.vera_kernel_b
-        matrices = [_keras.to_numpy(x) for x in both]
+    matrices = list(files.matrices.values()) or None
     tensors = {name: arrays for name, (arrays, _) in adapters.items()}
     header, arrays, lost = combined(
         files.header, tensors, weights, method, head, matrices

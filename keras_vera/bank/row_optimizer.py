@@ -43,7 +43,7 @@ class TrainsRows:
     def build(self, variables):
         if not all(getattr(v, "vera_is_stack", False) for v in variables):
             # It was compiled for another model afterwards.
-            _keras.mix_out(TrainsRows, self)
+            _keras.mix_out(self)
             self.build(variables)
             return
         _check(self)

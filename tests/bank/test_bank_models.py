@@ -72,6 +72,17 @@ def test_adapters_with_matrices_of_their_own(files, x, tmp_path, in_folder):
             file.read_bytes()
         )
     bank.remove("sum")
+    weights = {"user1": 0.3, "user2": 0.7}
+    keras_vera.combine(weights, "both", method="nearest", bank=bank)
+    keras_vera.combine(
+        {own[name]: weight for name, weight in weights.items()},
+        tmp_path / "both.vera.safetensors",
+        method="nearest",
+    )
+    keras_vera.load_adapter(model, tmp_path / "both.vera.safetensors")
+    found = bank.predict(x, ["both"] * len(x))
+    assert largest_difference(found, predict(model, x)) < ROUNDING
+    bank.remove("both")
     bank.add("fresh")
     bank.save("fresh", tmp_path / "fresh.vera.safetensors")
     keras_vera.load_adapter(
