@@ -558,6 +558,29 @@ def test_what_float16_cannot_hold_is_refused(path, into):
     assert into != "base" or not adapted(other)
 
 
+@pytest.mark.parametrize("into", ["base", "adapted"])
+def test_biases_that_float16_cannot_hold_are_refused(path, into):
+    """Those of an adapter, as adapters from PEFT have."""
+
+    def make_base(dtype):
+        dense = keras.layers.Dense(3, dtype=dtype, name="dense")
+        return keras.Sequential([keras.Input((4,)), dense])
+
+    base = make_base("float32")
+    keras_vera.enable_vera(base, rank=4, targets="all-linear")
+    base.layers[0].set_adapter_bias(np.array([7e4, 1.0, 1.0], "float32"))
+    keras_vera.save_adapter(base, path)
+    other = make_base("float16")
+    if into == "adapted":
+        keras_vera.enable_vera(other, rank=4, targets="all-linear")
+    before = numpy_weights(other)
+    with pytest.raises(AdapterFileError, match="bias' holds numbers up to 7"):
+        keras_vera.load_adapter(other, path)
+    for value, expected in zip(numpy_weights(other), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert into != "base" or not adapted(other)
+
+
 def test_paths_of_bytes(trained, path):
     keras_vera.save_adapter(trained, os.fsencode(path))
     keras_vera.load_adapter(make_model(), os.fsencode(path))

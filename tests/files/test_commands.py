@@ -92,8 +92,8 @@ def test_inspect_as_json(capsys):
     }
 
 
-def changed(tmp_path, change):
-    header, entries = adapter_files.read(FILE)
+def changed(tmp_path, change, file=FILE):
+    header, entries = adapter_files.read(file)
     change(header, entries)
     file = tmp_path / "changed.vera.safetensors"
     adapter_files.write(file, header, entries)
@@ -171,6 +171,19 @@ def test_diff_of_what_files_rely_on(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["diff", *map(str, files)])
     assert "fingerprints" in capsys.readouterr().out
+
+
+def test_diff_of_other_columns_of_the_matrices(tmp_path, capsys):
+    """Where all else is the same, down to the vectors."""
+    a = FILE.with_name("explicit.vera.safetensors")
+    b = changed(tmp_path, lambda header, _: header["layers"][0].append(1), a)
+    found = json_of(capsys, "diff", a, b, code=1)
+    first = list(found["layers"].values())[0]
+    assert first.pop("output_offset") == [0, 1]
+    assert all(list(x) == ["cosine"] for x in found["layers"].values())
+    with pytest.raises(SystemExit):
+        main(["diff", str(a), str(b)])
+    assert "output_offset: 0 | 1" in capsys.readouterr().out
 
 
 def test_convert_to_half_floats(tmp_path, capsys):
