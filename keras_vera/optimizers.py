@@ -138,6 +138,9 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         # factors as well, are read later.
         self._assigned, self.recorded = [], []
         self._recorded_factors = {}
+        # What the optimizers of a file are made of, in the order that they
+        # have there: also of those that its model, merged, has no use for.
+        self.recorded_optimizers = []
 
     def assign(self, variables):
         """Forgets all other variables, and makes what these need.
@@ -154,14 +157,15 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         if [shape for _, shape in self.recorded] == shapes:
             factors = (factor for factor, _ in self.recorded)
             self._recorded_factors = dict(zip(map(id, variables), factors))
-        self.recorded = []
+        for of_vectors, factor in self.recorded_optimizers:
+            self._scaled_for(of_vectors, factor)
+        self.recorded, self.recorded_optimizers = [], []
         own = [getattr(self(v), "rate_factor", 1.0) for v in variables]
         self._assigned = [list(pair) for pair in zip(own, shapes)]
         return [*self.values(), *self._scaled.values(), self.default_optimizer]
 
     def __call__(self, variable):
-        optimizer = self[variable.path]
-        of_vectors = optimizer is not self.default_optimizer
+        of_vectors = self[variable.path] is not self.default_optimizer
         with _keras.outside_of_tracing():
             factor = self._recorded_factors.get(id(variable))
             if factor is None and of_vectors:
@@ -170,11 +174,16 @@ class _ByVariable(keras.optimizers.OptimizerMap):
                 factor = self._factor_of_rest(variable)
             key = of_vectors, f"{factor:g}"
             self._paths.setdefault(key, []).append(variable.path)
-            if factor == 1:
-                return optimizer
-            if key not in self._scaled:
-                self._scaled[key] = _scaled(optimizer, factor)
-        return self._scaled[key]
+            return self._scaled_for(of_vectors, factor)
+
+    def _scaled_for(self, of_vectors, factor):
+        """Returns the optimizer of a rate, which it makes if need be."""
+        (vectors,) = self.values()
+        optimizer = vectors if of_vectors else self.default_optimizer
+        key = of_vectors, f"{factor:g}"
+        if factor != 1 and key not in self._scaled:
+            self._scaled[key] = _scaled(optimizer, factor)
+        return optimizer if factor == 1 else self._scaled[key]
 
     def _factor_of_vector(self, variable):
         layer = _layer_of(variable)
@@ -197,6 +206,7 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         by_path = {
             f"(.*/)?({'|'.join(map(re.escape, ends[key]))})": optimizer
             for key, optimizer in self._scaled.items()
+            if key in ends
         }
         # One path must not match two keys.
         others = f"(?!(?:{'|'.join(by_path)})\\Z)" if by_path else ""
@@ -207,6 +217,10 @@ class _ByVariable(keras.optimizers.OptimizerMap):
         # Keras' own class leaves it alone.
         rates = {name: getattr(self, name) for name in _SETTINGS}
         rates["factors"] = self._assigned
+        rates["optimizers"] = [
+            [of_vectors, optimizer.rate_factor]
+            for (of_vectors, _), optimizer in self._scaled.items()
+        ]
         return {**plain.get_config(), "rates": rates}
 
     @classmethod
@@ -237,6 +251,37 @@ class MultiOptimizer(keras.optimizers.MultiOptimizer):
             for optimizer in self._inner_optimizers:
                 optimizer.loss_scale_factor = self.loss_scale_factor
         super().build(var_list)
+        for optimizer in self._inner_optimizers:
+            if not optimizer.built:
+                # Keras asks it of all, though some have no variables.
+                optimizer.build([])
+
+    def apply(self, grads, trainable_variables=None):
+        """As one optimizer for all variables.
+
+        Keras' own takes gradients of all variables alone, and raises where
+        one of its optimizers has none, after others have made their step.
+        """
+        if trainable_variables is None or not len(grads):
+            if not self.built or len(grads) != len(self._trainable_variables):
+                return super().apply(grads)
+            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables)
+        self.build(variables)
+        self._check_variables_are_known(variables)
+        grads, variables = self._filter_empty_gradients(grads, variables)
+        pairs = [([], []) for _ in self._inner_optimizers]
+        for grad, variable in zip(grads, variables):
+            index = self._var_to_optimizer_idx[self._var_key(variable)]
+            for own, one in zip(pairs[index], (grad, variable)):
+                own.append(one)
+        for optimizer, own in zip(self._inner_optimizers, pairs):
+            if own[0]:
+                optimizer.apply(*own)
+            else:
+                # So that schedules stay in step.
+                optimizer.iterations.assign_add(1)
+        self._iterations.assign_add(1)
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         for optimizer in self.optimizers:
@@ -256,7 +301,9 @@ class _InFiles:
 
     @staticmethod
     def from_config(config, custom_objects=None):
-        rates = config["optimizer_map"]["config"].get("rates")
+        # The config of a function is its name.
+        of_map = config["optimizer_map"]["config"]
+        rates = of_map.get("rates") if isinstance(of_map, dict) else None
         is_file = _keras.objects_being_loaded() is not None
         if rates is None or (is_file and "factors" not in rates):
             return keras.optimizers.MultiOptimizer.from_config(
@@ -264,7 +311,9 @@ class _InFiles:
             )
         made = MultiOptimizer.from_config(config, custom_objects)
         if is_file:
-            made._optimizer_map.recorded = rates["factors"]
+            by_variable = made._optimizer_map
+            by_variable.recorded = rates["factors"]
+            by_variable.recorded_optimizers = rates.get("optimizers", [])
         return made
 
 
@@ -353,6 +402,7 @@ def _scaled(optimizer, factor):
     # Variables of two optimizers must not have one path (`get_state_tree`).
     config["name"] = f"{config['name']}_{factor:g}"
     made = type(optimizer).from_config(config)
+    _keras.copy_exclusions(optimizer, made)
     _keras.mix_in(_Scaled, made)
     made.rate_factor = factor
     return made

@@ -478,7 +478,7 @@ def test_a_copy_has_the_rates_of_all_else():
         sizes = sorted(
             part.get_config()["learning_rate"]["config"]["warmup_target"]
             for part in of_layers.optimizers
-            if part.built
+            if part._trainable_variables
         )
         assert sizes == pytest.approx([0.003, 0.005, 0.01, 0.03 * 8**0.5])
 
@@ -579,9 +579,9 @@ def test_total_steps():
         (1 + steps * 3 / 4) / 4,
         (1 + np.cos(np.pi * np.minimum(steps - 4, 36) / 36)) / 2,
     )
-    built = [x for x in optimizer.optimizers if x.built]
+    used = [x for x in optimizer.optimizers if x._trainable_variables]
     rates = []
-    for part in built:
+    for part in used:
         peak = float(
             part.get_config()["learning_rate"]["config"]["warmup_target"]
         )
@@ -713,12 +713,17 @@ def test_files_hold_classes_of_keras_alone(tmp_path, data, monkeypatch):
     assert map_class is keras.optimizers.OptimizerMap
 
 
-def test_other_optimizers_are_read_as_they_are(data):
-    plain = keras.optimizers.MultiOptimizer(
-        keras.optimizers.OptimizerMap(
-            keras.optimizers.SGD(0.1), {".*bias": keras.optimizers.Adam(0.2)}
-        )
+@keras.saving.register_keras_serializable("keras_vera_tests")
+def sgd_for(variable):
+    return keras.optimizers.SGD(0.1)
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_other_optimizers_are_read_as_they_are(by_function):
+    by_path = keras.optimizers.OptimizerMap(
+        keras.optimizers.SGD(0.1), {".*bias": keras.optimizers.Adam(0.2)}
     )
+    plain = keras.optimizers.MultiOptimizer(sgd_for if by_function else by_path)
     config = keras.optimizers.serialize(plain)
     read = keras.optimizers.deserialize({**config})
     assert type(read) is keras.optimizers.MultiOptimizer
@@ -901,6 +906,53 @@ def test_a_file_of_nested_layers_of_one_name(tmp_path, data):
         )
 
 
+def is_of_head(variable):
+    return variable.path.endswith("head_kernel_momentum")
+
+
+@pytest.mark.parametrize("inputs", [8, 800])
+@pytest.mark.parametrize("total_steps", [None, 20])
+def test_a_file_of_a_merged_model(
+    tmp_path, data, monkeypatch, total_steps, inputs
+):
+    """Its head trains on as where this package is not there."""
+    model = seeded_model(d_initial=0.5)
+    if inputs != 8:
+        model.pop()
+        # At another rate.
+        model.add(keras.layers.Dense(inputs, trainable=False))
+        model.add(keras.layers.Dense(3, name="head"))
+    model.compile(keras_vera.vera_optimizer(total_steps=total_steps), "mse")
+    model.fit(*data, epochs=3, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = [keras.models.load_model(tmp_path / "model.keras")]
+    # As it is saved again.
+    loaded[0].save(tmp_path / "again.keras")
+    loaded.append(keras.models.load_model(tmp_path / "again.keras"))
+    monkeypatch.setitem(
+        api_export.REGISTERED_NAMES_TO_OBJS,
+        "keras.optimizers.MultiOptimizer",
+        keras.optimizers.MultiOptimizer,
+    )
+    plain = keras.models.load_model(tmp_path / "model.keras")
+    assert type(plain.optimizer) is keras.optimizers.MultiOptimizer
+    (momentum,) = [v for v in model.optimizer.variables if is_of_head(v)]
+    for x in (plain, *loaded):
+        (found,) = [v for v in x.optimizer.variables if is_of_head(v)]
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(found), ops.convert_to_numpy(momentum)
+        )
+        x.fit(*data, shuffle=False, verbose=0)
+    for x in loaded:
+        for v, expected in zip(x.weights, plain.weights, strict=True):
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(v),
+                ops.convert_to_numpy(expected),
+                rtol=1e-6,
+                atol=1e-7,
+            )
+
+
 def test_a_file_of_a_model_that_has_not_trained(tmp_path, data):
     """The sizes of its kernels are known later; these are of size 1."""
     model = make_own_model(keras_vera.SharedProjection(seed=0, rank=4))
@@ -952,6 +1004,146 @@ def test_a_copy_with_loss_scaling_has_the_rates(data):
         for part in copied.inner_optimizer.optimizers
     ]
     assert patterns == [False, False, True]
+
+
+def both_optimizers(make):
+    """Returns one for all variables, and one that divides them the same."""
+    return make(), keras_vera.vera_optimizer(make(), make())
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize(
+    "there",
+    [
+        "dbkc",  # Of d and b, and of a head's kernel and bias.
+        "..kc",
+        "db..",
+        "d..c",
+    ],
+)
+def test_some_gradients_are_missing(rng, there):
+    """All else trains, and counts steps, as with one optimizer for all."""
+    results = []
+    for optimizer in both_optimizers(lambda: keras.optimizers.Adam(1e-2)):
+        variables = seeded_model().trainable_variables
+        by_name = dict(zip("kcdb", sorted(variables, key=lambda v: v.path)))
+        assert len(by_name) == len(variables)
+        rng = np.random.default_rng(0)
+        for names in ("dbkc", there, "dbkc"):
+            grads = {x: rng.normal(size=by_name[x].shape) for x in "dbkc"}
+            optimizer.apply(
+                [
+                    ops.convert_to_tensor(grads[x], "float32")
+                    if x in names
+                    else None
+                    for x in by_name
+                ],
+                (v for v in by_name.values()),
+            )
+        # Of some variables alone.
+        optimizer.apply_gradients(
+            (ops.ones(v.shape), v) for x, v in by_name.items() if x in there
+        )
+        results.append([ops.convert_to_numpy(v) for v in by_name.values()])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_what_cannot_be_applied_changes_nothing():
+    model, other = make_model(), make_model()
+    optimizer = keras_vera.vera_optimizer()
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    before = [ops.convert_to_numpy(v) for v in variables]
+    grads = [ops.ones(v.shape) for v in variables]
+    for arguments, message in (
+        ([grads, other.trainable_variables], "Unknown variable: .*vera_lambda"),
+        ([[None] * len(grads), variables], "No gradients provided"),
+        ([grads[:1]], "must match"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.apply(*arguments)
+    for v, old in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(v), old)
+
+
+def test_the_state_goes_through_set_weights(data):
+    models = [seeded_model(), seeded_model()]
+    for model in models:
+        model.compile(keras_vera.vera_optimizer(), "mse")
+    models[0].fit(*data, verbose=0)
+    state = [np.array(v) for v in models[0].optimizer.variables]
+    models[1].optimizer.build(models[1].trainable_variables)
+    models[1].optimizer.set_weights(state)
+    models[1].set_weights(models[0].get_weights())
+    for model in models:
+        model.fit(*data, shuffle=False, verbose=0)
+    for one, other in zip(*(x.weights for x in models), strict=True):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(one), ops.convert_to_numpy(other)
+        )
+
+
+def test_averages_of_vectors_alone(data):
+    """`SwapEMAWeights` asks it of the optimizer of all else as well."""
+
+    def make():
+        return keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5)
+
+    found = []
+    for optimizer in both_optimizers(make):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+        keras_vera.enable_vera(model, rank=4, targets="all-linear")
+        spoil(model)
+        model.compile(optimizer, "mse")
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        model.fit(*data, epochs=2, verbose=0, callbacks=[swap])
+        found.append([ops.convert_to_numpy(v) for v in model.weights])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_excluded_is_so_at_every_rate():
+    model = make_model(d_initial=1.0)
+    optimizer = keras_vera.vera_optimizer()
+    optimizer.exclude_from_weight_decay(var_names=["vera_lambda"])
+    for part in optimizer.optimizers:
+        part.weight_decay = 0.1
+    variables = model.trainable_variables
+    for v in variables:
+        v.assign(ops.ones(v.shape))
+    optimizer.apply([ops.zeros(v.shape) for v in variables], variables)
+    for v in variables:
+        decayed = ops.convert_to_numpy(v).max() < 1
+        assert decayed == ("vera_lambda" not in v.path)
+
+
+def test_it_is_built_while_something_is_compiled():
+    model = make_model(d_initial=1.0)
+    expected = keras_vera.vera_optimizer()
+    expected.build(model.trainable_variables)
+    optimizer = keras_vera.vera_optimizer()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        @jax.jit
+        def build():
+            optimizer.build(model.trainable_variables)
+            return [v.value for v in optimizer.variables[:1]]
+
+        build()
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.function(optimizer.build)(model.trainable_variables)
+    else:
+        pytest.skip("PyTorch runs what it compiles as it is.")
+    rates = [
+        [part.get_config()["learning_rate"] for part in x.optimizers]
+        for x in (optimizer, expected)
+    ]
+    assert rates[0] == rates[1]
 
 
 def test_rates_in_a_bank(tmp_path, rng):

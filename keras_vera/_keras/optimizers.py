@@ -96,13 +96,18 @@ def in_any_replica(mask):
 def outside_of_tracing():
     """Returns a context in which variables have values.
 
-    On TensorFlow, optimizers are built while the first step is traced.
+    On TensorFlow, optimizers are built while the first step is traced, and on
+    JAX, users may do so.
     """
-    if keras.backend.backend() != "tensorflow":
-        return contextlib.nullcontext()
-    import tensorflow as tf
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    return tf.init_scope()
+        return tf.init_scope()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.ensure_compile_time_eval()
+    return contextlib.nullcontext()
 
 
 def _allow_that_nothing_decays():
@@ -172,10 +177,15 @@ def _unbuilt_copy(optimizer):
         config["inner_optimizer"] = _unbuilt_copy(inner)
         made = type(optimizer)(**config)
     for one, original in zip(_parts(made), _parts(optimizer, given=True)):
-        for name in (_EXCLUDED, f"{_EXCLUDED}_pattern"):
-            if hasattr(original, name):
-                setattr(one, name, copy.copy(getattr(original, name)))
+        copy_exclusions(original, one)
     return made
+
+
+def copy_exclusions(optimizer, made):
+    """Excludes from weight decay what another optimizer excludes."""
+    for name in (_EXCLUDED, f"{_EXCLUDED}_pattern"):
+        if hasattr(optimizer, name):
+            setattr(made, name, copy.copy(getattr(optimizer, name)))
 
 
 def _parts(optimizer, given=False):
