@@ -180,6 +180,7 @@ class AdapterBank:
         with self._lock:
             self._register.check_new(name, replace)
             self._slots.check_not_fitting(name)
+            self.model.check_base()
             arrays, classes, _ = self._files.read(filepath, head)
             self._slots.put(name, arrays, classes, replace)
 

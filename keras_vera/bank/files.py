@@ -53,7 +53,8 @@ class BankFiles:
             "unsaved": unsaved.as_header(self._unsaved),
         }
         self.matrices = saved.carried_matrices(layers)
-        self._pair = layers[0].projection.beginnings()
+        projections = {layer.projection for layer in layers}
+        self._beginnings = {p: p.beginnings() for p in projections}
         self._expected = saved.expected_entries(self._paths)
         names = {id(v): name for name, v in self.variables.items()}
         self.layers, heads, self.fresh = {}, [], {}
@@ -154,19 +155,23 @@ class BankFiles:
     def check_base(self):
         """Raises if the base has other weights than when the bank was made.
 
-        Two kernels are looked at, and where A and B begin: weights that are
-        loaded are others everywhere.
+        Two kernels are looked at, and where each A and B begin: weights that
+        are loaded are others everywhere. What is not adapted any more, or
+        anew, trains no adapters, and may be anything.
         """
+        for projection, pair in self._beginnings.items():
+            if not all(map(np.array_equal, projection.beginnings(), pair)):
+                raise ValueError(
+                    "The base has other random matrices than when its "
+                    "`AdapterBank` was made. `set_weights` or a checkpoint of "
+                    "another seed has brought them. Make the bank afterwards."
+                )
         layers = self._header["layers"]
-        projection = self._paths[min(layers)].projection
-        if not all(map(np.array_equal, projection.beginnings(), self._pair)):
-            raise ValueError(
-                "The base has other random matrices than when its "
-                "`AdapterBank` was made. `set_weights` or a checkpoint of "
-                "another seed has brought them. Make the bank afterwards."
-            )
         for path in {min(layers), max(layers)}:
-            kernel = stored_kernel(self._paths[path])
+            layer = self._paths[path]
+            if getattr(layer, "projection", None) not in self._beginnings:
+                continue
+            kernel = stored_kernel(layer)
             if kernel_fingerprint(kernel) != layers[path]["kernel_fingerprint"]:
                 raise ValueError(
                     "The base has other weights than when its `AdapterBank` "

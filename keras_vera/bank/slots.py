@@ -72,7 +72,8 @@ class Slots:
 
     def put(self, name, arrays, classes, replace=False):
         """Adds an adapter; with `replace`, also in the place of another."""
-        self._check_base()
+        self._model.check_base()
+        self._check_weights()
         if self.folder is not None:
             content = self.files.encoded(arrays, classes)
             self._register.add(name, content, replace)
@@ -107,7 +108,8 @@ class Slots:
 
     def save(self, name, filepath, arrays=None, dtype="float32"):
         """Writes an adapter, or other arrays for it, to a file."""
-        self._check_base()
+        # The base need not be adapted any more.
+        self._check_weights()
         (slot,) = self.bring([name])
         if arrays is None:
             (arrays,) = self._model.read([slot])
@@ -176,6 +178,7 @@ class Slots:
         return np.array(slots, "int32")
 
     def _read_file(self, name):
+        self._model.check_base()
         while True:
             try:
                 return self.files.read(self.folder.file(name))
@@ -280,7 +283,8 @@ class Slots:
         Args:
             names: The adapters that the training uses, which are in slots.
         """
-        self._check_base()
+        self._model.check_base()
+        self._check_weights()
         before = self._model.row_steps()
         self._register.held = {name: self._versions[name] for name in names}
         try:
@@ -342,7 +346,7 @@ class Slots:
             self._vacate(name)
         return lost, broken
 
-    def _check_base(self):
+    def _check_weights(self):
         _keras.synchronize(self._model)
         self.files.check_base()
 

@@ -295,6 +295,91 @@ def test_random_matrices_that_come_after_the_bank(files, part, tmp_path):
         keras_vera.save_adapter(model, tmp_path / "late.vera.safetensors")
 
 
+@pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "folder"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        keras_vera.disable_vera,
+        keras_vera.merge,
+        lambda model: (
+            keras_vera.disable_vera(model),
+            keras_vera.enable_vera(model, 4, targets="all-linear", seed=3),
+        ),
+    ],
+    ids=["disable", "merge", "enable"],
+)
+def test_adapters_outlive_their_base(files, x, tmp_path, change, in_folder):
+    """What they have learned can be saved, and nothing else be done."""
+    model = make_classifier()
+    bank = keras_vera.AdapterBank(
+        model, 3, tmp_path / "bank" if in_folder else None
+    )
+    for name, file in files.items():
+        bank.load(name, file)
+    expected = bank.predict(x, NAMES * 2)
+    spoil(model)  # So that `merge` moves the kernels.
+    bank.model.compile("sgd", "mse")
+    change(model.layers[1])
+    kernels = [np.array(v) for v in model.weights]
+    for call in (
+        lambda: bank.fit(x, np.ones((4, 4)), adapters=NAMES * 2),
+        lambda: bank.predict(x, NAMES * 2),
+        lambda: bank.load("new", files["bob"]),
+        lambda: bank.add("new"),
+        lambda: bank.add("new", like="ann"),
+        lambda: keras_vera.combine({"ann": 1.0}, "new", bank=bank),
+    ):
+        with pytest.raises(ValueError, match="not adapted as it was when"):
+            call()
+    assert bank.names == NAMES
+    found = make_bank({}, 2)
+    for name in NAMES:
+        path = tmp_path / f"{name}.saved.vera.safetensors"
+        bank.save(name, path)
+        assert path.read_bytes() == files[name].read_bytes()
+        found.load(name, path)
+    assert largest_difference(found.predict(x, NAMES * 2), expected) < ROUNDING
+    for now, before in zip(model.weights, kernels, strict=True):
+        np.testing.assert_array_equal(now, before)
+
+
+class Towers(keras.Model):
+    """Each with random matrices of its own, as after `load_adapter`."""
+
+    def __init__(self, folder):
+        super().__init__()
+        towers = []
+        for seed in (0, 1):
+            own = make_classifier(seed=seed).get_layer(index=1)
+            files = list(make_files(folder, NAMES, own).values())
+            total = folder / f"sum{seed}.vera.safetensors"
+            keras_vera.combine(dict.fromkeys(files, 0.5), total)
+            towers.append(make_classifier(vera=False).get_layer(index=1))
+            keras_vera.load_adapter(towers[-1], total)
+        # In another order than that of their names.
+        self.text, self.image = towers
+
+    def call(self, x):
+        return self.image(x) + self.text(x)
+
+
+@pytest.mark.parametrize("moved", ["image", "text"])
+def test_each_of_two_towers_has_its_random_matrices(moved, x, tmp_path):
+    model = Towers(tmp_path)
+    model(x)
+    bank = keras_vera.AdapterBank(model, 1)
+    bank.add("ann")
+    path = tmp_path / "both.vera.safetensors"
+    bank.save("ann", path)
+    path.unlink()
+    weights = getattr(model, moved).weights
+    (a,) = [v for v in weights if v.name == "vera_kernel_a"]
+    a.assign(-1 * np.array(a))
+    with pytest.raises(ValueError, match="other random matrices"):
+        bank.save("ann", path)
+    assert not path.exists()
+
+
 def test_a_bank_changes_in_the_middle_of_an_epoch(files, x, tmp_path):
     """On JAX, the weights are elsewhere then."""
     bank = make_bank(files, 4)
