@@ -65,6 +65,7 @@ from keras_vera._keras.optimizers import (
 from keras_vera._keras.processes import check_all_here as check_all_here
 from keras_vera._keras.processes import cut_over_processes as cut_over_processes
 from keras_vera._keras.processes import to_numpy as to_numpy
+from keras_vera._keras.structure import call_arguments as call_arguments
 from keras_vera._keras.structure import (
     draws_random_numbers as draws_random_numbers,
 )

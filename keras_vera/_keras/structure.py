@@ -126,5 +126,11 @@ def symbolic_inputs(operation, node):
     return operation._inbound_nodes[node].input_tensors
 
 
+def call_arguments(operation, node):
+    """Returns all that an operation was called on, flat; see above."""
+    arguments = operation._inbound_nodes[node].arguments
+    return keras.tree.flatten((arguments.args, arguments.kwargs))
+
+
 def is_rematerialized(layer):
     return getattr(layer, "_remat_mode", None) is not None

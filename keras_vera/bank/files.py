@@ -146,7 +146,8 @@ class BankFiles:
             names = ", ".join(f"'{layer.name}'" for layer in self._heads)
             raise ValueError(
                 "`classes` needs a head that gives the model's output, and "
-                f"one alone; which of {names} it is, is not known. Received: "
+                f"one alone; {names} may not be, or something comes after it "
+                "that does more than scale and normalize. Received: "
                 f"classes={classes}. Leave it out: adapters then have all "
                 "outputs."
             )

@@ -3,6 +3,7 @@
 import functools
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_vera import _keras
@@ -70,40 +71,94 @@ def output_head(model, heads):
         model: The model that the bank is for.
         heads: List of its heads.
     """
-    if len(heads) < 2:
-        return heads[0] if heads else None
     outputs = keras.tree.flatten(getattr(model, "outputs", None) or [])
     # The order of the layers of other models is not that of their calls.
-    if not all(map(keras.backend.is_keras_tensor, outputs)):
-        return None
-    found = {_last_head(y, heads) for y in outputs} - {None}
+    if not outputs or not all(map(keras.backend.is_keras_tensor, outputs)):
+        return heads[0] if len(heads) == 1 else None
+    found = {_source(y, heads, *y.shape[-1:]) for y in outputs}
+    found.intersection_update(heads)
     return found.pop() if len(found) == 1 else None
 
 
-def _last_head(y, heads):
-    """Returns the head through which a symbolic output came last.
+def _source(y, heads, classes=None):
+    """Returns the head that gives a symbolic output its classes.
 
-    `None` if there is none on its way, as far as that is one way.
+    Or the input that it is; `None` if it is not known, or if absent classes
+    would not be absent there.
     """
-    while True:
-        operation, node, index = y._keras_history
-        if operation in heads:
-            return operation
-        if _has_any(operation, heads):
-            if not _keras.is_graph(operation):
-                return None  # Somewhere inside.
-            y = keras.tree.flatten(operation.outputs)[index]
-            continue
-        inputs = _keras.symbolic_inputs(operation, node)
-        if len(inputs) != 1:
-            return None
-        (y,) = inputs
+    operation, node, index = y._keras_history
+    if isinstance(operation, keras.layers.InputLayer):
+        return operation
+    inside = _inside(operation, heads)
+    if _keras.is_graph(operation):
+        y = keras.tree.flatten(operation.outputs)[index]
+        source = _source(y, heads, classes)
+        if not isinstance(source, keras.layers.InputLayer):
+            return source
+    elif inside:
+        # What else goes on inside of a layer is not known.
+        is_known = heads == inside[:1] or _called(operation) is inside[0]
+        sizes = {*y.shape[-1:], classes}
+        return inside[0] if is_known and sizes == {inside[0].units} else None
+    elif not _keeps_classes(operation, node, y, classes):
+        return None
+    inputs = _keras.symbolic_inputs(operation, node)
+    sources = {_source(x, heads, classes) for x in inputs}
+    return sources.pop() if len(sources) == 1 else None
 
 
-def _has_any(operation, heads):
+def _inside(operation, heads):
     if not isinstance(operation, keras.Layer):
+        return []
+    return [x for x in heads if x in _keras.flatten_layers(operation)]
+
+
+def _called(operation):
+    is_wrapper = isinstance(operation, keras.layers.Wrapper)
+    return operation.layer if is_wrapper else operation
+
+
+# Steps of Keras that make no less of more, by what they are called.
+_GROWING = {"add", "average", "cast", "dropout", "identity", "linear", "relu"}
+_GROWING |= {"hardsigmoid", "logsigmoid", "sigmoid", "softplus", "tanh"}
+
+
+def _keeps_classes(operation, node, y, classes):
+    """Says whether classes stay apart, and absent ones below the others.
+
+    Args:
+        operation: What comes behind a head.
+        node: Integer, in which of its calls.
+        y: Its symbolic output.
+        classes: Integer, how many classes there are.
+    """
+    is_activation = isinstance(operation, keras.layers.Activation)
+    kind = operation.activation if is_activation else type(operation)
+    if not kind.__module__.startswith("keras."):
         return False
-    return any(x in heads for x in _keras.flatten_layers(operation))
+    name = kind.__name__.lower().replace("_", "")
+    x, *others = _keras.symbolic_inputs(operation, node)
+    last = len(x.shape) - 1
+    if name in ("reshape", "flatten"):
+        return True  # What counts is the last axis in the end.
+    if name in ("mean", "max"):
+        axes = keras.tree.flatten(operation.axis)
+        return not {None, -1, last}.intersection(axes)
+    if name.startswith(("globalaverage", "globalmax")):
+        return operation.data_format == "channels_last"
+    if any(x.shape != y.shape for x in (x, *others)):
+        return False
+    if name in ("softmax", "logsoftmax"):
+        axis = getattr(operation, "axis", -1)
+        return axis in (-1, last) and y.shape[-1] == classes
+    if name in ("subtract", "multiply", "divide", "truedivide"):
+        first, second = _keras.call_arguments(operation, node)
+        if name == "multiply" and second is x:
+            first, second = second, first
+        if others or first is not x:
+            return False
+        return name == "subtract" or np.all(ops.convert_to_numpy(second) >= 0)
+    return name in _GROWING
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from banks import make_files
 from helpers import largest_difference
 from helpers import predict
 from helpers import spoil
+from keras import ops
 from peft_families import both_models
 from peft_families import with_peft
 
@@ -159,18 +160,56 @@ def two_outputs():
     return keras.Model(base.input, outputs)
 
 
-def wrapped_after_another():
+class Block(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.head = keras.layers.Dense(4)
+        self.bottleneck = keras.layers.Dense(6, activation="tanh")
+
+    def call(self, x):
+        return self.head(self.bottleneck(x))
+
+
+def in_a_block():
     """The last head is inside another layer, where nobody looks."""
     base = make_classifier().get_layer(index=1)
-    y = keras.layers.Dense(6, "tanh", name="bottleneck")(base.output)
-    y = keras.layers.Reshape((2, 3))(y)
-    head = keras.layers.Dense(4, name="head")
-    return keras.Model(base.input, keras.layers.TimeDistributed(head)(y))
+    return keras.Model(base.input, Block()(base.output))
 
 
-@pytest.mark.parametrize(
-    "make", [LogitsFirst, two_outputs, wrapped_after_another]
-)
+def hidden():
+    base = make_classifier().get_layer(index=1)
+    y = keras.layers.Dense(3, "tanh")(base.output)
+    return keras.Model(base.input, keras.layers.Dense(3, trainable=False)(y))
+
+
+def behind(after):
+    def make():
+        base = make_classifier().get_layer(index=1)
+        y = keras.layers.Reshape((3, 10))(base.output)
+        return keras.Model(base.input, after(keras.layers.Dense(4)(y)))
+
+    return make
+
+
+NOT_KNOWN = {
+    "subclassed": LogitsFirst,
+    "two outputs": two_outputs,
+    "block": in_a_block,
+    "hidden": hidden,
+    "negative": behind(lambda y: -y),
+    "scaled by less than 0": behind(lambda y: y / -2),
+    "from 1": behind(lambda y: 1 - ops.sigmoid(y)),
+    "unit": behind(keras.layers.UnitNormalization()),
+    "tokens": behind(keras.layers.Softmax(axis=1)),
+    "flat softmax": behind(lambda y: ops.softmax(ops.reshape(y, (-1, 12)))),
+    "all": behind(lambda y: ops.mean(y, axis=-1)),
+    "user's": behind(keras.layers.Activation(lambda y: -y)),
+    "gelu": behind(keras.layers.Activation("gelu")),
+    "square": behind(lambda y: y * y),
+}
+
+
+@pytest.mark.parametrize("make", NOT_KNOWN.values(), ids=NOT_KNOWN)
 def test_classes_of_a_head_that_is_not_known(make, x, tmp_path):
     model = make()
     model(x)
@@ -218,6 +257,21 @@ def the_only_one(head):
     return keras.Model(base.input, keras.layers.Add()([y, y * 0]))
 
 
+def in_a_wrapper(head):
+    base = make_classifier().get_layer(index=1)
+    y = keras.layers.Dense(6, "tanh", name="bottleneck")(base.output)
+    y = keras.layers.Reshape((2, 3))(y)
+    return keras.Model(base.input, keras.layers.TimeDistributed(head)(y))
+
+
+def called_twice(head):
+    """As where dropout is sampled several times."""
+    base = make_classifier().get_layer(index=1)
+    dropped = [keras.layers.Dropout(rate)(base.output) for rate in (0.1, 0.3)]
+    average = keras.layers.Average()([head(y) for y in dropped])
+    return keras.Model(base.input, average)
+
+
 def through_a_model_without_heads(head):
     base = make_classifier().get_layer(index=1)
     after = keras.Sequential(
@@ -234,6 +288,8 @@ def through_a_model_without_heads(head):
         one_of_two_outputs,
         Subclassed,
         the_only_one,
+        in_a_wrapper,
+        called_twice,
         through_a_model_without_heads,
     ],
 )
@@ -247,11 +303,38 @@ def test_classes_are_those_of_the_last_head(make, x):
     logits = keras.tree.flatten(outputs)[-1]
     expected = keras.tree.flatten(model.predict(x, verbose=0))[-1]
     if make is nested:  # Probabilities.
-        assert np.all(logits[:, 3] == 0)
+        assert np.all(logits[..., 3] == 0)
         expected = expected[:, :3] / expected[:, :3].sum(axis=1, keepdims=True)
     else:
-        assert np.all(logits[:, 3] == -1e9)
-    assert largest_difference(logits[:, :3], expected[:, :3]) < ROUNDING
+        assert np.all(logits[..., 3] == -1e9)
+    difference = largest_difference(logits[..., :3], expected[..., :3])
+    assert difference < ROUNDING
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y: ops.softmax(y / 2),
+        lambda y: 2 * ops.sigmoid(y) - 1,
+        lambda y: keras.layers.Softmax()(1 + y * np.float32(3)),
+        lambda y: ops.cast(ops.log_softmax(y), "float32"),
+        lambda y: keras.layers.Activation("softmax")(ops.divide(y, 2)),
+        lambda y: keras.layers.Activation("sigmoid")(y),
+        lambda y: keras.layers.Dropout(0.5)(ops.mean(y, axis=1)),
+        lambda y: keras.layers.GlobalAveragePooling1D()(y),
+    ],
+)
+def test_what_comes_after_the_head(after, x):
+    """It gives what it gives without the columns of absent classes."""
+    logits = behind(lambda y: y)()
+    model = keras.Model(logits.input, after(logits.output))
+    bank = keras_vera.AdapterBank(model, 1)
+    bank.add("ann", classes=3)
+    found = bank.predict(x, ["ann"] * len(x))
+    expected = after(ops.convert_to_tensor(predict(logits, x)[..., :3]))
+    expected = ops.convert_to_numpy(expected)
+    assert largest_difference(found[..., :3], expected) < ROUNDING
+    assert np.all(found[..., 3] <= found[..., :3].min(axis=-1))
 
 
 # ---- The base.
