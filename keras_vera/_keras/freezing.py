@@ -26,23 +26,20 @@ def freeze_own_variables(layer, kept=frozenset()):
         kept: Set of the ids of variables that are left alone.
 
     Returns:
-        What `thaw_own_variables` needs to undo this.
+        The variables that it moved, which `thaw_own_variables` moves back.
     """
-    frozen = [(v, v.trainable) for v in own_variables(layer)]
     to_freeze = [v for v in layer._trainable_variables if id(v) not in kept]
     is_whole = len(to_freeze) == len(layer._trainable_variables)
     moved = to_freeze if is_whole else []
     _move(layer, moved, "non_trainable_variables")
     for variable in to_freeze:
         variable.trainable = False
-    return moved, frozen
+    return moved
 
 
-def thaw_own_variables(layer, record):
-    moved, frozen = record
+def thaw_own_variables(layer, moved):
+    """Lists variables as trainable again; their flags are left alone."""
     _move(layer, moved, "trainable_variables")
-    for variable, trainable in frozen:
-        variable.trainable = trainable
 
 
 def _move(layer, variables, to):

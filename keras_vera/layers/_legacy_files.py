@@ -19,33 +19,19 @@ def plain_weights(layer):
         A list; or `None` where nothing is adapted or frozen by it.
     """
     layers = _keras.flatten_in_order(layer)
-    bases = _frozen_bases(layers)
-    if not bases and not any(hasattr(x, "vera_trained") for x in layers):
+    if not any("vera_frozen" in vars(below) for below in layers):
         return None
-    was_trainable = {}
-    for base in bases:
-        was_trainable.update(base.was_trainable())
     weights = [weight for below in layers for weight in _own_weights(below)]
     weights = list({id(_variable(w)): w for w in weights}.values())
-    if not all(base.flag_of(layer) for base in bases):
+    if not _was_trainable(layer):
         return weights
-
-    def trains(weight):
-        variable = _variable(weight)
-        return was_trainable.get(id(variable), variable.trainable)
-
-    first = [w for w in weights if trains(w)]
-    return first + [w for w in weights if not trains(w)]
+    first = [w for w in weights if _was_trainable(_variable(w))]
+    return first + [w for w in weights if not _was_trainable(_variable(w))]
 
 
-def _frozen_bases(layers):
-    bases = {}
-    for layer in layers:
-        for variable in _keras.own_variables(layer):
-            base = getattr(variable, "vera_frozen_base", None)
-            if base is not None:
-                bases[id(base)] = base
-    return list(bases.values())
+def _was_trainable(layer_or_variable):
+    frozen = vars(layer_or_variable).get("vera_frozen", layer_or_variable)
+    return frozen.trainable
 
 
 def _own_weights(layer):

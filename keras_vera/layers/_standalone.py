@@ -72,7 +72,9 @@ class StandaloneVeRA:
     def detach_vera(self):
         super().detach_vera()
         own = _keras.own_variables(self)
-        _keras.thaw_own_variables(self, (own, [(v, True) for v in own]))
+        _keras.thaw_own_variables(self, own)
+        for variable in own:
+            variable.trainable = True
 
     def get_config(self):
         return {

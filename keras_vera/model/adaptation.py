@@ -73,6 +73,7 @@ class Adaptation:
     def apply(self, model):
         """Adapts the layers; on failure, the model is as it was."""
         _check_kernels_are_own(model, self.layers)
+        self.frozen.check_others()
         _keras.synchronize(model)
         self.outside.note(model, self.frozen.layers)
         try:

@@ -11,9 +11,45 @@ import functools
 import inspect
 import warnings
 
+import keras
+
 from keras_vera import _keras
 from keras_vera.layers._in_place import class_like
 from keras_vera.layers._kinds import kind_of
+
+# What an instance of a frozen layer has beside its class.
+_MARKS = "get_config", "load_own_variables", "vera_base_is_merged"
+
+
+class _Frozen:
+    """What a layer or a variable was, and the bases that it is in.
+
+    It is frozen in the same way for each of them: with the first, until the
+    last is undone.
+    """
+
+    def __init__(self, layer_or_variable):
+        self.bases = []
+        self.trainable = layer_or_variable.trainable
+        # Where the class was exchanged.
+        self.plain_class = None
+        # What a layer listed as trainable.
+        self.moved = []
+        # What a variable that is state holds in the base.
+        self.value = None
+
+    def note(self, variable):
+        """Takes the value of a variable as the one that the base has."""
+        self.value = _keras.to_numpy(variable).copy()
+
+    def has_moved(self, variable):
+        return self.value is not None and (
+            _keras.to_numpy(variable).tobytes() != self.value.tobytes()
+        )
+
+
+def _frozen(layer_or_variable):
+    return vars(layer_or_variable).get("vera_frozen")
 
 
 class FrozenBase:
@@ -35,113 +71,117 @@ class FrozenBase:
         # of the base.
         layers = [x for base in bases for x in _keras.flatten_layers(base)]
         left_out = {id(layer) for layer in outside}
+        self.name = bases[0].name
         self.layers = list(
             {id(x): x for x in layers if id(x) not in left_out}.values()
         )
         self._targets = {id(layer) for layer in targets}
         self._dropout = dropout
         self._trained = trained
-        self._flags = []
-        self._lists = []
-        self._guarded = []
-        self._in_inference = []
-        # The values that state has, by the id of its variable.
-        self._values = {}
+        # What may differ in the base when this is undone.
+        self._changed = trained.union(
+            id(v) for layer in targets for v in _keras.own_variables(layer)
+        )
+        # The layers and variables that it freezes.
+        self._taken = []
+
+    def check_others(self):
+        """Raises if this changed the base of another model, or that this."""
+        for layer in self.layers:
+            for variable in _keras.own_variables(layer):
+                frozen = _frozen(variable)
+                for other in frozen.bases if frozen else ():
+                    if id(variable) in self._changed | other._changed:
+                        raise ValueError(
+                            f"The layer '{layer.name}' is in the base of "
+                            f"'{self.name}', and in that of '{other.name}', "
+                            "which is adapted with VeRA already. What is "
+                            "adapted or trained in one must not be in the "
+                            "other. Leave the layer out of `targets` and "
+                            "`train`, or call `keras_vera.merge` or "
+                            f"`keras_vera.disable_vera` on '{other.name}' "
+                            "first."
+                        )
 
     def freeze(self, model):
         """Freezes the bases in `model`; on failure, call `undo`."""
-        in_inference = [
-            layer for layer in self.layers if self._wants_inference(layer)
-        ]
+        new = [layer for layer in self.layers if _frozen(layer) is None]
+        in_inference = [layer for layer in new if self._wants_inference(layer)]
+        state = [v for layer in new for v in self._state(layer)]
         for layer in self.layers:
-            for variable in self._state(layer):
-                self.note(variable)
-        for layer in self.layers:
-            self._guard(layer)
-            record = _keras.freeze_own_variables(layer, self._trained)
-            self._lists.append((layer, record))
-        for layer in self.layers:
+            self._take(layer)
+            for variable in _keras.own_variables(layer):
+                self._guard(variable)
+        for variable in state:
+            if _frozen(variable).value is None:
+                _frozen(variable).note(variable)
+        for layer in new:
+            _frozen(layer).moved = _keras.freeze_own_variables(
+                layer, self._trained
+            )
             if id(layer) not in self._targets and not self._owns_trained(layer):
                 _mark_when_merged(layer)
         for layer in in_inference:
-            self._in_inference.append((layer, type(layer)))
+            _frozen(layer).plain_class = type(layer)
             layer.__class__ = _inference_class(type(layer))
         self._set_flags(model)
 
     def undo(self, give_back):
-        """Unfreezes everything.
+        """Unfreezes what is in no other base.
 
         Args:
             give_back: Whether state gets the values that it had.
         """
-        for layer, plain_class in reversed(self._in_inference):
-            layer.__class__ = plain_class
-        for layer in self.layers:
-            vars(layer).pop("load_own_variables", None)
-            vars(layer).pop("vera_base_is_merged", None)
-        for variable, plain_class in reversed(self._guarded):
-            variable.__class__ = plain_class
-            del variable.vera_frozen_base
+        taken = [(x, _frozen(x)) for x in self._taken]
+        for x, frozen in taken:
+            frozen.bases.remove(self)
+        thawed = [(x, frozen) for x, frozen in taken if not frozen.bases]
+        for x, frozen in thawed:
+            del vars(x)["vera_frozen"]
+            if frozen.plain_class is not None:
+                x.__class__ = frozen.plain_class
         if give_back:
-            for variable, value in self._values.values():
-                if not _is_same(variable, value):
-                    variable.assign(value)
+            for x, frozen in taken:
+                if frozen.has_moved(x):
+                    x.assign(frozen.value)
             _keras.finalize_state(self.layers)
-        # A variable may be in two layers: its first record is the true one.
-        for layer, record in reversed(self._lists):
-            _keras.thaw_own_variables(layer, record)
-        for layer, flag in reversed(self._flags):
-            vars(layer).pop("get_config", None)
-            _keras.set_trainable(layer, flag)
-
-    def was_trainable(self):
-        """Returns the flag that each variable had, by its id."""
-        # A variable may be in two layers: its first record is the true one.
-        return {
-            id(variable): flag
-            for _, (_, flags) in reversed(self._lists)
-            for variable, flag in flags
-        }
-
-    def flag_of(self, layer):
-        """Returns whether the layer itself was trainable."""
-        for other, flag in self._flags:
-            if other is layer:
-                return flag
-        return layer.trainable
-
-    def note(self, variable):
-        """Takes the value of a variable as the one that the base has."""
-        value = _keras.to_numpy(variable).copy()
-        self._values[id(variable)] = variable, value
-
-    def is_state(self, variable):
-        return id(variable) in self._values
+        for x, frozen in thawed:
+            if not isinstance(x, keras.Layer):
+                x.trainable = frozen.trainable
+                continue
+            for name in _MARKS:
+                vars(x).pop(name, None)
+            _keras.thaw_own_variables(x, frozen.moved)
+            _keras.set_trainable(x, frozen.trainable)
 
     def moved_layers(self):
         """Returns the layers whose state is not what it was."""
-        moved = {
-            key
-            for key, (variable, value) in self._values.items()
-            if not _is_same(variable, value)
-        }
         return [
             layer
             for layer in self.layers
-            if any(id(v) in moved for v in state_of(layer))
+            if any(
+                _frozen(v) is not None and _frozen(v).has_moved(v)
+                for v in _keras.own_variables(layer)
+            )
         ]
+
+    def _take(self, layer_or_variable):
+        frozen = vars(layer_or_variable).setdefault(
+            "vera_frozen", _Frozen(layer_or_variable)
+        )
+        if self not in frozen.bases:
+            frozen.bases.append(self)
+            self._taken.append(layer_or_variable)
+        return frozen
 
     def _state(self, layer):
         """Returns the variables of a layer that training could move."""
         return [v for v in state_of(layer) if id(v) not in self._trained]
 
-    def _guard(self, layer):
-        for variable in _keras.own_variables(layer):
-            is_guarded = hasattr(variable, "vera_frozen_base")
-            if is_guarded or id(variable) in self._trained:
-                continue
-            self._guarded.append((variable, type(variable)))
-            variable.vera_frozen_base = self
+    def _guard(self, variable):
+        frozen = self._take(variable)
+        if frozen.plain_class is None and id(variable) not in self._trained:
+            frozen.plain_class = type(variable)
             variable.__class__ = _guarded_class(type(variable))
 
     def _wants_inference(self, layer):
@@ -184,9 +224,9 @@ class FrozenBase:
                 flag = False
             else:
                 continue
-            self._flags.append((layer, layer.trainable))
+            frozen = self._take(layer)
             if id(layer) in in_base:
-                _show_in_config(layer, layer.trainable)
+                _show_in_config(layer, frozen.trainable)
             _keras.set_trainable(layer, flag)
 
 
@@ -252,16 +292,19 @@ def check_state_is_unmoved(model, bases):
         )
 
 
+def trained_variables(layer):
+    """Returns what of a layer trains in the plain layer, frozen or not."""
+    frozen = _frozen(layer)
+    moved = [] if frozen is None else frozen.moved
+    return _keras.trained_variables(layer) + moved
+
+
 def state_of(layer):
     """Returns what a layer keeps beside what trains in the plain layer."""
     if kind_of(type(layer)) and layer.quantization_mode is not None:
         # A packed kernel and its scales.
         return []
     return _keras.untrained_variables(layer)
-
-
-def _is_same(variable, value):
-    return _keras.to_numpy(variable).tobytes() == value.tobytes()
 
 
 class _Guarded:
@@ -286,9 +329,9 @@ class _Guarded:
     def assign(self, value):
         if not _keras.is_in_call():
             value = super().assign(value)
-            base = self.vera_frozen_base
-            if base.is_state(self) and _keras.is_loading_weights():
-                base.note(self)
+            frozen = _frozen(self)
+            if frozen.value is not None and _keras.is_loading_weights():
+                frozen.note(self)
             return value
         if _keras.is_in_inference_call():
             warnings.warn(

@@ -12,6 +12,7 @@ from keras_vera import _keras
 from keras_vera.layers._kinds import KINDS
 from keras_vera.layers._kinds import family_of
 from keras_vera.layers._kinds import reason_against
+from keras_vera.model.frozen import trained_variables
 
 _LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 _CONVOLUTION = (
@@ -166,8 +167,8 @@ def scales_of(layer):
     `SpectralNormalization` holds the kernel of the layer that it wraps.
     """
     _, *below = _keras.flatten_layers(layer)
-    others = {id(v) for x in below for v in _keras.trained_variables(x)}
-    return [v for v in _keras.trained_variables(layer) if id(v) not in others]
+    others = {id(v) for x in below for v in trained_variables(x)}
+    return [v for v in trained_variables(layer) if id(v) not in others]
 
 
 def is_bias(variable):

@@ -3,6 +3,7 @@
 import difflib
 
 from keras_vera import _keras
+from keras_vera.model.frozen import trained_variables
 from keras_vera.model.roles import ROLES
 from keras_vera.model.roles import TRAIN_ROLES
 from keras_vera.model.roles import adaptable_layers
@@ -60,11 +61,11 @@ def trained_variables_of(layer, is_adapted=False):
     """Returns what of a layer itself can train in the base."""
     if is_adapted or getattr(layer, "quantization_mode", None) is not None:
         return biases_of(layer)
-    return _keras.trained_variables(layer)
+    return trained_variables(layer)
 
 
 def biases_of(layer):
-    return [v for v in _keras.trained_variables(layer) if is_bias(v)]
+    return [v for v in trained_variables(layer) if is_bias(v)]
 
 
 def _layers_of(target, paths, model_paths, in_base):

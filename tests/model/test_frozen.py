@@ -13,6 +13,7 @@ from helpers import backend
 from helpers import largest_difference
 from helpers import predict
 from helpers import spoil
+from helpers import state
 from keras import ops
 
 import keras_vera
@@ -349,3 +350,137 @@ def test_stateless_calls_return_the_state_as_it_was():
         if "seed" not in variable.path:
             variable.assign(value)
     assert bits(model)[0] == before
+
+
+def two_heads():
+    """Two models on one trunk, which neither of them adapts."""
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((4,))
+    trunk = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(4, name="shared"),
+            keras.layers.BatchNormalization(),
+            Careless(),
+        ],
+        name="trunk",
+    )
+    features = trunk(inputs)
+    return [
+        keras.Model(
+            inputs, keras.layers.Dense(3, name=name)(features), name=name
+        )
+        for name in ("first", "second")
+    ]
+
+
+def enable(model, **kwargs):
+    keras_vera.enable_vera(model, rank=3, targets=model.name, **kwargs)
+    spoil(model)
+
+
+@pytest.mark.filterwarnings("ignore:A layer assigns")
+@pytest.mark.parametrize("undo", [keras_vera.disable_vera, keras_vera.merge])
+@pytest.mark.parametrize("undone_first", [0, 1])
+def test_a_part_of_two_bases_is_frozen_until_the_last_is_undone(
+    undo, undone_first, tmp_path
+):
+    models = two_heads()
+    trunk = models[0].get_layer("trunk")
+    plain, flags = bits(trunk), [len(m.trainable_variables) for m in models]
+    enable(models[0])
+    alone = state(models[0])
+    enable(models[1])
+    undone, other = models[undone_first], models[1 - undone_first]
+    undo(undone)
+    if undone_first:
+        assert state(models[0]) == alone
+    head = other.layers[-1]
+    assert {id(v) for v in other.trainable_variables} == {
+        id(head.vera_lambda_d),
+        id(head.vera_lambda_b),
+    }
+    toggle(undone)
+    undone.trainable = True
+    x, y = data(other)
+    for model in (other, undone):
+        model.compile("sgd", "mse")
+        model.fit(x, y, verbose=0)
+        assert bits(trunk)[0] == plain[0]
+    # What is loaded is the base of all that are left.
+    trunk.layers[1].set_weights([w + 1 for w in trunk.layers[1].get_weights()])
+    loaded = bits(trunk)[0]
+    keras_vera.save_adapter(other, tmp_path / "a.vera.safetensors")
+    undo(other)
+    assert bits(trunk) == (loaded, *plain[1:])
+    assert [len(m.trainable_variables) for m in models] == flags
+
+
+def trained_by_the_first(first, second, path):
+    enable(first, train="shared")
+    return functools.partial(enable, second)
+
+
+def trained_by_the_second(first, second, path):
+    enable(first)
+    return functools.partial(enable, second, train="shared")
+
+
+def adapted_by_the_second(first, second, path):
+    enable(first)
+    return functools.partial(
+        keras_vera.enable_vera, second, rank=3, targets="shared"
+    )
+
+
+def loaded_by_the_second(first, second, path):
+    keras_vera.enable_vera(second, rank=3, targets="shared")
+    keras_vera.save_adapter(second, path)
+    keras_vera.disable_vera(second)
+    enable(first)
+    return functools.partial(keras_vera.load_adapter, second, path)
+
+
+@pytest.mark.parametrize(
+    "enable_first",
+    [
+        trained_by_the_first,
+        trained_by_the_second,
+        adapted_by_the_second,
+        loaded_by_the_second,
+    ],
+)
+def test_what_moves_in_one_model_is_in_no_other_base(enable_first, tmp_path):
+    models = two_heads()
+    enable_second = enable_first(*models, tmp_path / "a.vera.safetensors")
+    before = [state(model) for model in models]
+    with pytest.raises(ValueError, match="'shared' .* 'second'.* 'first'"):
+        enable_second()
+    assert [state(model) for model in models] == before
+    keras_vera.disable_vera(models[0])
+    enable_second()
+    keras_vera.disable_vera(models[1])
+
+
+class Scaled(keras.layers.Layer):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_a_variable_of_two_bases_is_frozen_until_the_last_is_undone():
+    scale = keras.Variable(np.ones(4), name="scale")
+    models = [
+        build(functools.partial(with_layer, functools.partial(Scaled, scale)))
+        for _ in range(2)
+    ]
+    plain = [state(model) for model in models]
+    for model in models:
+        keras_vera.enable_vera(model, rank=3, targets="dense")
+    keras_vera.disable_vera(models[0])
+    assert all("vera" in v.path for v in models[1].trainable_variables)
+    keras_vera.disable_vera(models[1])
+    assert [state(model) for model in models] == plain
