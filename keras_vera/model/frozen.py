@@ -18,7 +18,7 @@ from keras_vera.layers._in_place import class_like
 from keras_vera.layers._kinds import kind_of
 
 # What an instance of a frozen layer has beside its class.
-_MARKS = "get_config", "load_own_variables", "vera_base_is_merged"
+_MARKS = "get_config", "load_own_variables", "train", "vera_base_is_merged"
 
 
 class _Frozen:
@@ -121,6 +121,8 @@ class FrozenBase:
             )
             if id(layer) not in self._targets and not self._owns_trained(layer):
                 _mark_when_merged(layer)
+            if isinstance(layer, keras.layers.TorchModuleWrapper):
+                _keep_buffers(layer)
         for layer in in_inference:
             _frozen(layer).plain_class = type(layer)
             layer.__class__ = _inference_class(type(layer))
@@ -269,6 +271,23 @@ def _mark_when_merged(layer):
         vars(layer)["vera_base_is_merged"] = is_merged
 
     vars(layer)["load_own_variables"] = load_own_variables
+
+
+def _keep_buffers(layer):
+    """Lets modules of PyTorch with buffers run in inference mode.
+
+    Such as moving averages. What is below them, such as dropout, trains.
+    """
+
+    @functools.wraps(layer.train)
+    def train(mode=True):
+        type(layer).train(layer, mode)
+        for module in layer.module.modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                module.training = False
+        return layer
+
+    vars(layer)["train"] = train
 
 
 def check_state_is_unmoved(model, bases):

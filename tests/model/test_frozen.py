@@ -484,3 +484,44 @@ def test_a_variable_of_two_bases_is_frozen_until_the_last_is_undone():
     assert all("vera" in v.path for v in models[1].trainable_variables)
     keras_vera.disable_vera(models[1])
     assert [state(model) for model in models] == plain
+
+
+@pytest.mark.skipif(backend() != "torch", reason="Modules are PyTorch's.")
+@pytest.mark.parametrize("train", [None, lambda x: hasattr(x, "module")])
+def test_buffers_of_torch_modules_stay(train):
+    import torch
+
+    def wrapped():
+        linear = torch.nn.Linear(4, 4)
+        return keras.layers.TorchModuleWrapper(
+            torch.nn.Sequential(
+                torch.nn.utils.parametrizations.spectral_norm(linear),
+                torch.nn.BatchNorm1d(4),
+                torch.nn.Dropout(0.5),
+            ),
+            output_shape=(None, 4),
+        )
+
+    def buffers():
+        buffers = model.layers[1].module.named_buffers()
+        return {name: buffer.numpy().copy() for name, buffer in buffers}
+
+    def fit():
+        model.compile("sgd", "mse")
+        model.fit(x, y, epochs=2, verbose=0)
+
+    model = build(functools.partial(with_layer, wrapped))
+    x, y = data(model)
+    outputs_of(model, x)
+    plain, before = bits(model), buffers()
+    keras_vera.enable_vera(model, rank=3, targets="dense", train=train)
+    fit()
+    dropped = outputs_of(model, x, True)
+    assert largest_difference(outputs_of(model, x, True), dropped) > 1e-2
+    assert len(before) == 5
+    np.testing.assert_equal(buffers(), before)
+    keras_vera.disable_vera(model)
+    assert bits(model) == plain
+    fit()
+    after = buffers()
+    assert all(np.any(after[name] != before[name]) for name in before)
