@@ -237,10 +237,10 @@ def _matrices_of_other_layers(model, layers):
     paths = base_paths(model, adaptation.bases)
     adaptable = adaptable_layers(paths)
     return {
-        f"{path}/{variable.name}": tuple(variable.shape)
+        f"{path}/{name}": tuple(variable.shape)
         for path, layer in paths.items()
         if not (is_adapted(layer) or _can_adapt(path, adaptable))
-        for variable in _keras.own_variables(layer)
+        for name, variable in _keras.named_own_variables(layer)
         if id(variable) not in adaptation.trained.ids
         and sum(size > 1 for size in variable.shape) > 1
         and "float" in variable.dtype

@@ -65,6 +65,7 @@ from keras_vera._keras.optimizers import (
 from keras_vera._keras.processes import check_all_here as check_all_here
 from keras_vera._keras.processes import cut_over_processes as cut_over_processes
 from keras_vera._keras.processes import to_numpy as to_numpy
+from keras_vera._keras.structure import UNNAMED as UNNAMED
 from keras_vera._keras.structure import call_arguments as call_arguments
 from keras_vera._keras.structure import (
     draws_random_numbers as draws_random_numbers,
@@ -73,6 +74,10 @@ from keras_vera._keras.structure import flatten_in_order as flatten_in_order
 from keras_vera._keras.structure import flatten_layers as flatten_layers
 from keras_vera._keras.structure import is_graph as is_graph
 from keras_vera._keras.structure import is_rematerialized as is_rematerialized
+from keras_vera._keras.structure import (
+    named_own_variables as named_own_variables,
+)
+from keras_vera._keras.structure import number_of_unnamed as number_of_unnamed
 from keras_vera._keras.structure import own_variables as own_variables
 from keras_vera._keras.structure import stored_attribute as stored_attribute
 from keras_vera._keras.structure import structural_paths as structural_paths
@@ -83,6 +88,7 @@ from keras_vera._keras.structure import trained_variables as trained_variables
 from keras_vera._keras.structure import (
     untrained_variables as untrained_variables,
 )
+from keras_vera._keras.structure import without_number as without_number
 from keras_vera._keras.values import as_value as as_value
 from keras_vera._keras.values import can_assign_traced as can_assign_traced
 from keras_vera._keras.values import has_read_since as has_read_since

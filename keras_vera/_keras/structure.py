@@ -1,10 +1,15 @@
 """What a model is made of: layers, their paths and their variables."""
 
+import re
+
 import keras
 from keras.src.models.functional import Functional
 from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
+
+# What names in files have in the place of Keras' own for an unnamed variable.
+UNNAMED = "unnamed"
 
 
 def structural_paths(model):
@@ -60,6 +65,40 @@ def structural_paths(model):
 def own_variables(layer):
     """Returns the weights of `layer` itself, without its sub-layers'."""
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+def named_own_variables(layer):
+    """Returns pairs of names and weights of `layer` itself.
+
+    The names are the same in every build: a weight without a name goes by its
+    place among those of the layer, in the order in which they were made.
+    """
+    own = own_variables(layer)
+    names = [variable.name for variable in own]
+    numbers = {i: number_of_unnamed(name) for i, name in enumerate(names)}
+    made = sorted(
+        (i for i in numbers if numbers[i] is not None), key=numbers.get
+    )
+    for place, i in enumerate(made):
+        names[i] = f"{UNNAMED}_{place}"
+    return list(zip(names, own))
+
+
+def number_of_unnamed(name):
+    """Returns the number that Keras gave a variable without a name.
+
+    It counts those of the process: `variable`, `variable_1` and so on. Other
+    names have none, `None`.
+    """
+    match = re.fullmatch("variable(?:_([0-9]{1,18}))?", name)
+    return None if match is None else int(match[1] or 0)
+
+
+def without_number(path):
+    """Returns a path to a variable without the number that Keras gave it."""
+    owner, slash, name = path.rpartition("/")
+    is_unnamed = number_of_unnamed(name) is not None
+    return owner + slash + UNNAMED if is_unnamed else path
 
 
 def trained_variables(layer):

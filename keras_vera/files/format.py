@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_vera import _keras
 from keras_vera.files import hub_paths
 from keras_vera.files.disk import EXTENSION as EXTENSION
 from keras_vera.files.disk import AdapterFileError as AdapterFileError
@@ -156,7 +157,30 @@ def read_version(filepath):
         digest.update(content[place + len(blank) :])
         if digest.hexdigest() != header["sha256"]:
             raise ValueError("its bytes do not give its SHA-256.")
-        return header, decode(content), version
+        tensors = decode(content)
+    names = _names_of_now({*tensors, *header["trained"]})
+    header["trained"] = [names.get(x, x) for x in header["trained"]]
+    return header, {names.get(x, x): tensors[x] for x in tensors}, version
+
+
+def _names_of_now(entries):
+    """Returns the names that entries of files of before have now.
+
+    Such files name variables without a name as Keras does, by numbers of the
+    process that wrote them.
+    """
+    unnamed = {}
+    for entry in entries:
+        path, slash, name = entry.rpartition("/")
+        number = _keras.number_of_unnamed(name)
+        if number is not None:
+            unnamed.setdefault(path + slash, {})[number] = entry
+    return {
+        numbers[number]: f"{path}{_keras.UNNAMED}_{place}"
+        for path, numbers in unnamed.items()
+        for place, number in enumerate(sorted(numbers))
+        if f"{path}{_keras.UNNAMED}_{place}" not in entries
+    }
 
 
 def decode(content):

@@ -111,8 +111,8 @@ def base_ids(paths, plan=None):
 def named_variables(path, layer):
     """Returns the variables of a layer itself, by their names in files."""
     named = {}
-    for variable in _keras.own_variables(layer):
-        named[entry_name(path, variable.name, named)] = variable
+    for name, variable in _keras.named_own_variables(layer):
+        named[entry_name(path, name, named)] = variable
     return named
 
 

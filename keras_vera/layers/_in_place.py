@@ -137,8 +137,13 @@ class InPlaceVeRA:
         if "identity" not in group:
             # The layer trains in full there.
             return False
-        identity = _keras.hidden_array(group, "identity")
-        return json.loads(np.asarray(identity).item()) == self._identity()
+        text = np.asarray(_keras.hidden_array(group, "identity")).item()
+        identity = json.loads(text)
+        if "trained" in identity:
+            # Files of before have numbers of the process in these names.
+            names = map(_keras.without_number, identity["trained"])
+            identity["trained"] = list(names)
+        return identity == self._identity()
 
 
 def is_adapted(layer):

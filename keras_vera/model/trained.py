@@ -35,7 +35,7 @@ class TrainedInBase:
     def names(self):
         """Returns what trains, in words that are the same in every build."""
         return [
-            f"{type(layer).__name__}/{v.name}"
+            _keras.without_number(f"{type(layer).__name__}/{v.name}")
             for layer, own in self.variables.items()
             for v in own
         ]

@@ -4,7 +4,9 @@ import keras
 import numpy as np
 import pytest
 from adapter_files import read
+from adapter_files import write
 from helpers import predict
+from helpers import spoil
 from keras import layers
 from keras import ops
 
@@ -24,6 +26,23 @@ class RunningMean(layers.Layer):
         if training:
             self.mean.assign(0.9 * self.mean + 0.1 * ops.mean(x, axis=0))
         return x - self.mean
+
+
+@keras.saving.register_keras_serializable(package="test_outside")
+class Unnamed(layers.Layer):
+    """Its weights have no names, and Keras numbers them over the process."""
+
+    def build(self, input_shape):
+        size = input_shape[-1]
+        self.w = self.add_weight(shape=(size, size))
+        self.mean = self.add_weight(shape=(size,), trainable=False)
+        self.b = self.add_weight(shape=(size,), initializer="zeros")
+
+    def call(self, x, training=False):
+        y = ops.matmul(x, self.w) + self.b
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * ops.mean(y, axis=0))
+        return ops.tanh(y - self.mean)
 
 
 class Normalized(layers.Layer):
@@ -52,6 +71,7 @@ HEADS = {
     "bare_norm": lambda: [bare_norm(), layers.Dense(3)],
     "only_state": lambda: [bare_norm()],
     "running_mean": lambda: [RunningMean(), layers.Dense(3)],
+    "unnamed": lambda: [Unnamed(), layers.Dense(3)],
     "below": lambda: [Normalized(), layers.Dense(3)],
 }
 
@@ -190,3 +210,37 @@ def test_bank_refuses_state_that_it_would_share(path):
     enable(backbone)
     with pytest.raises(ValueError, match="trains outside the base"):
         keras_vera.AdapterBank(model, capacity=1)
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize("place", ["outside", "trained"])
+def test_files_of_before_number_weights_without_names(place, path):
+    def make(seed):
+        backbone = make_backbone()
+        backbone.add(Unnamed(name="last"))
+        return with_head(backbone, HEADS["unnamed"], seed), backbone
+
+    model, backbone = make(3)
+    train = "last" if place == "trained" else None
+    keras_vera.enable_vera(backbone, rank=3, targets="dense", train=train)
+    spoil(model)
+    layer = model.layers[1] if train is None else backbone.layers[-1]
+    # Of one shape, so that nothing but the order tells them.
+    layer.b.assign([1, 2, 3, 4])
+    layer.mean.assign([4, 3, 2, 1])
+    outputs = predict(model, data(model)[0])
+    keras_vera.save_adapter(model, path)
+    header, tensors = read(path)
+
+    def before(name):
+        path, _, own = name.rpartition("/")
+        number = {"unnamed_0": "9", "unnamed_1": "10", "unnamed_2": "11"}
+        return f"{path}/variable_{number[own]}" if own in number else name
+
+    tensors = {before(name): array for name, array in tensors.items()}
+    trained = [before(name) for name in header.get("trained", [])]
+    assert sum("variable_" in name for name in tensors) == 3 + 3 * bool(train)
+    write(path, {**header, "trained": trained}, tensors)
+    fresh, _ = make(4)
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, data(model)[0]), outputs)

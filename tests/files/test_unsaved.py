@@ -79,6 +79,41 @@ def test_a_base_with_other_values_is_refused(name, into, saved, path, x):
     np.testing.assert_array_equal(predict(model, x), saved)
 
 
+class Scale(layers.Layer):
+    """Its weight has no name, and Keras numbers those of the process."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=input_shape[-1:])
+
+    def call(self, x):
+        return x * (1 + self.scale)
+
+
+@pytest.mark.parametrize("into", ["base", "adapted"])
+def test_weights_without_names_are_compared(into, path, x):
+    def make(into):
+        keras.utils.set_random_seed(3)
+        parts = [keras.Input((4,)), layers.Dense(5, name="adapted"), Scale()]
+        model = keras.Sequential(parts)
+        if into == "adapted":
+            keras_vera.enable_vera(model, rank=3, targets="adapted")
+        return model
+
+    model = make("adapted")
+    spoil(model)
+    keras_vera.save_adapter(model, path)
+    other = make(into)
+    scale = keras.ops.convert_to_numpy(other.layers[1].scale).copy()
+    other.layers[1].scale.assign(scale + 0.5)
+    before = state(other)
+    with pytest.raises(AdapterFileError, match="another base.*'.*scale.*'"):
+        keras_vera.load_adapter(other, path)
+    assert state(other) == before
+    other.layers[1].scale.assign(scale)
+    keras_vera.load_adapter(other, path)
+    np.testing.assert_array_equal(predict(other, x), predict(model, x))
+
+
 @pytest.mark.in_turn
 def test_what_cannot_be_compared_is_taken(saved, path):
     half = keras.config.floatx()

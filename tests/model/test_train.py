@@ -1,5 +1,6 @@
 """What of the base trains in full beside the vectors: `enable_vera(train=)`."""
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -242,6 +243,49 @@ def test_weights_of_another_trained_set_are_another_adapter(tmp_path, x):
     # On the base, its vectors alone would give other outputs.
     with pytest.raises(ValueError, match="hold an adapter that"):
         keras_vera.save_adapter(other, tmp_path / "a.vera.safetensors")
+
+
+class Linear(keras.layers.Layer):
+    """Its weights have no names, and Keras numbers those of the process."""
+
+    def build(self, input_shape):
+        self.w = self.add_weight(shape=(input_shape[-1], 3))
+        self.b = self.add_weight(shape=(3,))
+
+    def call(self, x):
+        return keras.ops.matmul(x, self.w) + self.b
+
+
+@pytest.mark.parametrize("of", ["now", "before"])
+def test_weights_files_know_weights_without_names(of, tmp_path, rng):
+    def make():
+        keras.utils.set_random_seed(0)
+        parts = [keras.Input((6,)), keras.layers.Dense(4), Linear(name="lin")]
+        model = keras.Sequential(parts)
+        keras_vera.enable_vera(model, rank=2, targets="all-linear", train="lin")
+        return model
+
+    x = rng.normal(size=(8, 6)).astype("float32")
+    model, path = make(), tmp_path / "m.weights.h5"
+    spoil(model)
+    for variable in (model.layers[1].w, model.layers[1].b):
+        variable.assign(rng.normal(size=variable.shape))
+    model.save_weights(path)
+    if of == "before":
+        with h5py.File(path, "r+") as file:
+            identity = file["layers/dense/keras_vera/identity"]
+            text = identity[()].decode()
+            for name in ("variable_8", "variable_9"):
+                assert "/unnamed" in text
+                text = text.replace("/unnamed", f"/{name}", 1)
+            identity[()] = text
+    other = make()
+    other.load_weights(path)
+    np.testing.assert_array_equal(predict(other, x), predict(model, x))
+    keras_vera.save_adapter(other, tmp_path / "a.vera.safetensors")
+    keras_vera.disable_vera(other)
+    keras_vera.disable_vera(model)
+    np.testing.assert_array_equal(predict(other, x), predict(model, x))
 
 
 def test_keras_file_is_the_merged_model(tmp_path, x):
