@@ -18,26 +18,39 @@ def structural_paths(model):
     The path is the one under which Keras' own saving finds the layer
     (attribute names and positions in containers); unlike `layer.path` it is
     unique and the same in every build of a model. `model` itself has path "".
+
+    Raises:
+        ValueError: If layers with weights have no such path: those of a
+            `set`, and those whose path another layer has.
     """
     paths = {}
     seen = set()
+    # Layers that are found in order, and those of sets.
+    in_order, in_sets, doubles = set(), [], []
 
     def visit(layer, path):
         if id(layer) in seen:
             return
         seen.add(id(layer))
-        paths[path] = layer
+        other = paths.setdefault(path, layer)
+        if other is not layer:
+            doubles.append((path, other, layer))
         if not layer._layers:
             # Nothing below; and reading `kernel` of an adapted layer costs.
             return
         for attribute, child in saving_lib._walk_saveable(layer):
             child_path = f"{path}/{attribute}" if path else attribute
+            # In the list of a subclassed model are those of its sets as well.
+            is_own = attribute != "layers" or is_graph(layer)
             if isinstance(child, keras.Layer):
+                in_order.add(id(child))
                 visit(child, child_path)
             elif isinstance(child, (list, dict, tuple)):
-                visit_container(child, child_path, set())
+                visit_container(child, child_path, set(), is_own)
+            elif isinstance(child, set):
+                in_sets.extend(child)
 
-    def visit_container(container, path, outer):
+    def visit_container(container, path, outer, is_own):
         if id(container) in outer:
             return
         outer = outer | {id(container)}
@@ -50,16 +63,53 @@ def structural_paths(model):
             elif isinstance(child, KerasSaveable):
                 name = naming.to_snake_case(type(child).__name__)
             else:
+                if isinstance(child, set):
+                    in_sets.extend(child)
                 continue
             count = counts[name] = counts.get(name, -1) + 1
             child_path = f"{path}/{name}_{count}" if count else f"{path}/{name}"
             if isinstance(child, keras.Layer):
+                if is_own:
+                    in_order.add(id(child))
                 visit(child, child_path)
             elif name == "container":
-                visit_container(child, child_path, outer)
+                visit_container(child, child_path, outer, is_own)
 
     visit(model, "")
+    in_sets = [x for x in in_sets if id(x) not in in_order]
+    _check_paths(model, in_sets, doubles)
     return paths
+
+
+def _check_paths(model, in_sets, doubles):
+    lost = [x.name for x in _layers_with_weights(in_sets)]
+    if lost:
+        raise ValueError(
+            f"Model '{model.name}' has layers with weights in a `set`: "
+            f"{lost[:5]}. A set has no order, so that no file says which of "
+            "them is which. Keep them in a list, and build the model again."
+        )
+    for path, *layers in doubles:
+        if _layers_with_weights(layers):
+            raise ValueError(
+                f"Model '{model.name}' has two layers with one path in files, "
+                f"'{path}': {' and '.join(repr(x.name) for x in layers)}, of "
+                f"the classes {' and '.join(type(x).__name__ for x in layers)}"
+                ". Rename a class, or keep the layers in several lists, and "
+                "build the model again."
+            )
+
+
+def _layers_with_weights(values):
+    """Returns the layers among `values` that have weights, or in tuples."""
+    found = []
+    for value in values:
+        if isinstance(value, tuple):
+            found += _layers_with_weights(value)
+        elif isinstance(value, keras.Layer):
+            if any(own_variables(x) for x in flatten_layers(value)):
+                found.append(value)
+    return found
 
 
 def own_variables(layer):

@@ -55,7 +55,8 @@ def save_adapter(
             adapter from a weights file, if state of its base has moved, if
             its random matrices are those of another seed, if
             `model.trainable` is `False`, if a number is not finite (in
-            `dtype`), or if an argument makes no sense.
+            `dtype`), if layers have no place in a file (those of a `set`), or
+            if an argument makes no sense.
         keras_vera.AdapterFileError: If the file cannot be written. An older
             file is then as it was.
 
@@ -127,7 +128,8 @@ def load_adapter(
         keras_vera.AdapterFileError: If the file cannot be read, is damaged,
             or belongs to another base, or to another rank, seed or set of
             layers, or holds numbers that the model's dtype cannot.
-        ValueError: If `model` is no Keras model, or is that of a bank.
+        ValueError: If `model` is no Keras model, is that of a bank, or has
+            layers that have no place in a file (those of a `set`).
         ImportError: If the path is on the Hub, and huggingface_hub is not
             installed.
 

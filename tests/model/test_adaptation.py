@@ -628,3 +628,73 @@ def test_layers_without_a_kernel_do_not_matter():
     )
     keras_vera.enable_vera(model, rank=4, targets="one")
     assert len(adapted(model)) == 1
+
+
+def stack(kind, kept):
+    """Returns a built layer or model that calls the layers that it keeps."""
+
+    class Stack(kind):
+        def __init__(self):
+            super().__init__()
+            self.kept = kept
+
+        def call(self, x):
+            for layer in sorted(self._layers, key=lambda layer: layer.name):
+                x = layer(x)
+            return x
+
+    layer = Stack()
+    layer(np.zeros((2, 8), "float32"))
+    return layer
+
+
+class Dense_1(keras.layers.Dense):  # noqa: N801 - as Keras calls a second one.
+    pass
+
+
+def denses(count, of=keras.layers.Dense):
+    return [of(8) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", [keras.layers.Layer, keras.Model])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: set(denses(2)), r"weights in a `set`: \['dense"),
+        (lambda: {"a": [*denses(1), set(denses(1))]}, "weights in a `set`"),
+        (lambda: {tuple(denses(2))}, "weights in a `set`"),
+        (lambda: {keras.Sequential(denses(1))}, r"`set`: \['sequential"),
+        (
+            lambda: [*denses(2), *denses(1, Dense_1)],
+            "one path in files, '.*kept/dense_1': .* Dense and Dense_1",
+        ),
+    ],
+)
+def test_layers_that_files_cannot_tell_apart_are_refused(
+    make, message, kind, tmp_path, rng
+):
+    path = tmp_path / "a.vera.safetensors"
+    model = stack(kind, make())
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        keras_vera.enable_vera(model, targets="all-linear")
+    assert state(model) == before
+    # Outside a base, where they train.
+    base = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
+    keras_vera.enable_vera(base, rank=2, targets="all-linear")
+    keras_vera.save_adapter(base, path)
+    outer = keras.Sequential([keras.Input((8,)), base, model])
+    before = state(outer)
+    for call in (keras_vera.save_adapter, keras_vera.load_adapter):
+        with pytest.raises(ValueError, match=message):
+            call(outer, path)
+    assert state(outer) == before
+
+
+@pytest.mark.parametrize("kind", [keras.layers.Layer, keras.Model])
+def test_sets_of_what_files_can_tell_apart_are_taken(kind):
+    listed = denses(2)
+    kept = [{"z": listed}, set(listed), {keras.layers.Activation("relu")}]
+    model = stack(kind, kept)
+    keras_vera.enable_vera(model, rank=2, targets="all-linear")
+    assert adapted(model) == listed
