@@ -128,8 +128,9 @@ def load_adapter(
         keras_vera.AdapterFileError: If the file cannot be read, is damaged,
             or belongs to another base, or to another rank, seed or set of
             layers, or holds numbers that the model's dtype cannot.
-        ValueError: If `model` is no Keras model, is that of a bank, or has
-            layers that have no place in a file (those of a `set`).
+        ValueError: If `model` is no Keras model, is that of a bank, has
+            layers that have no place in a file (those of a `set`), or is
+            adapted with random matrices that its seed does not make.
         ImportError: If the path is on the Hub, and huggingface_hub is not
             installed.
 

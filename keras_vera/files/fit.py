@@ -8,6 +8,7 @@ from keras import backend
 from keras_vera.files.format import AdapterFileError
 from keras_vera.files.saved import MATRICES
 from keras_vera.files.saved import PAIR
+from keras_vera.files.saved import check_matrices
 from keras_vera.files.saved import entry_name
 from keras_vera.files.saved import named_variables
 from keras_vera.files.saved import pair_of
@@ -79,6 +80,7 @@ def check_fits(paths, header, filepath, reference=None):
     if reference is not None:
         sha256 = reference["projection_sha256"]
     else:
+        check_matrices(paths[""], list(layers.values()))
         sha256 = pair_sha256(*used_pair(list(layers.values())))
     _check_pair(sha256, header, filepath)
     return layers

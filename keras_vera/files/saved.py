@@ -221,14 +221,7 @@ def make_header(model, paths):
     if isinstance(targets, dict):
         targets = list(targets)
     bases = _base_paths(model, paths)
-    pair = [_keras.to_numpy(x) for x in used_pair(layers)]
-    if not layers[0].projection.is_made_of_seed(*pair):
-        raise ValueError(
-            f"The random matrices of model '{model.name}' are not those of "
-            f"seed={seed}, and a file says no more than the seed. "
-            "`set_weights` or a checkpoint of another seed has brought them. "
-            "Enable VeRA with the seed that they were made with."
-        )
+    check_matrices(model, layers)
     return {
         "format_version": adapter_format.FORMAT_VERSION,
         "rank": rank,
@@ -254,7 +247,7 @@ def make_header(model, paths):
             for path, layer in adapted.items()
             if layer._vera_layout.contraction.one_hot
         ],
-        "projection_sha256": pair_sha256(*pair),
+        "projection_sha256": pair_sha256(*used_pair(layers)),
         "keras_vera_version": _VERSION,
         "keras_version": keras.version(),
     }
@@ -311,13 +304,51 @@ def pair_of(layer):
     return tuple(getattr(layer.projection, name) for name in PAIR)
 
 
+def _projections(layers):
+    """Returns what `layers` get A and B from: one for each `enable_vera`."""
+    return list({id(x.projection): x.projection for x in layers}.values())
+
+
+def check_matrices(model, layers):
+    """Raises unless all layers use one A and B, made of the seed if any.
+
+    `set_weights` and checkpoints may give a model those of another one.
+
+    Args:
+        model: The model, for the message.
+        layers: List of its adapted layers, of one rank, seed and structure.
+    """
+    projections = _projections(layers)
+    for projection in projections:
+        if not projection.is_made_of_seed(*projection.beginnings()):
+            raise ValueError(
+                f"The random matrices of model '{model.name}' are not those of "
+                f"seed={projection.seed}, and a file says no more than the "
+                "seed. `set_weights` or a checkpoint of another seed has "
+                "brought them. Enable VeRA with the seed that they were made "
+                "with, or call `keras_vera.disable_vera(model)` before you "
+                "load an adapter."
+            )
+    if projections[0].structure == EXPLICIT and len(projections) > 1:
+        pairs = {
+            pair_sha256(x.vera_kernel_a, x.vera_kernel_b) for x in projections
+        }
+        if len(pairs) > 1:
+            raise ValueError(
+                f"Model '{model.name}' holds adapters with different random "
+                "matrices that no seed makes, which one file cannot hold. "
+                "Save and load its parts one by one."
+            )
+
+
 def used_pair(layers):
     """Returns what `layers` use of A and B: the largest slice of each."""
-    projection = layers[0].projection
-    if projection.structure == EXPLICIT:
-        return projection.vera_kernel_a, projection.vera_kernel_b
+    projections = _projections(layers)
+    if projections[0].structure == EXPLICIT:
+        return projections[0].vera_kernel_a, projections[0].vera_kernel_b
     used = [layer._vera_layout.contraction for layer in layers]
     m, n = max(x.m for x in used), max(x.n for x in used)
-    a = ops.convert_to_tensor(projection.vera_kernel_a)
-    b_matrix = ops.convert_to_tensor(projection.vera_kernel_b)
-    return a[:m], b_matrix[:, :n]
+    # Of one seed, the larger begins as the smaller.
+    a = max((x.vera_kernel_a for x in projections), key=lambda x: x.shape[0])
+    b = max((x.vera_kernel_b for x in projections), key=lambda x: x.shape[1])
+    return ops.convert_to_tensor(a)[:m], ops.convert_to_tensor(b)[:, :n]

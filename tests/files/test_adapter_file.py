@@ -24,6 +24,8 @@ from keras import ops
 
 import keras_vera
 from keras_vera import AdapterFileError
+from keras_vera import SharedProjection
+from keras_vera.model.adaptation import Adaptation
 
 pytestmark = [pytest.mark.members_in_turn, pytest.mark.eager]
 
@@ -161,6 +163,93 @@ def test_two_adapted_towers_in_one_file(path, x):
     np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
     keras_vera.disable_vera(model)
     assert adapted(model) == []
+
+
+def make_towers(sizes=(5, 7), seeds=(0, 0), enabled=True):
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((4,))
+    towers = [
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(size, "tanh")])
+        for size in sizes
+    ]
+    outputs = keras.layers.Concatenate()([tower(inputs) for tower in towers])
+    for tower, seed in zip(towers, seeds):
+        if enabled:
+            keras_vera.enable_vera(
+                tower, rank=3, seed=seed, targets="all-linear"
+            )
+    return keras.Model(inputs, outputs), towers
+
+
+@pytest.mark.parametrize("into", ["base", "adapted"])
+@pytest.mark.parametrize("sizes", [(5, 7), (7, 5)])
+def test_two_towers_of_different_sizes(sizes, into, path, rng):
+    model, _ = make_towers(sizes)
+    spoil(model)
+    keras_vera.save_adapter(model, path)
+    fresh, _ = make_towers(sizes, enabled=into == "adapted")
+    keras_vera.load_adapter(fresh, path)
+    x = rng.normal(size=(6, 4)).astype("float32")
+    np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_matrices_of_another_seed_are_refused_in_each_tower(place, path):
+    model, towers = make_towers()
+    spoil(model)
+    keras_vera.save_adapter(model, path)
+    content = path.read_bytes()
+    _, others = make_towers(seeds=(5, 5))
+    towers[place].set_weights(others[place].get_weights())
+    before = state(model)
+    for call in (keras_vera.save_adapter, keras_vera.load_adapter):
+        # The file is as it should be.
+        with pytest.raises(ValueError, match="model .* not those of seed=0"):
+            call(model, path)
+    assert state(model) == before
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_towers_with_matrices_that_no_seed_makes(same, path, rng):
+    shapes = (4, 3), (3, 7)
+    pairs = [
+        [rng.normal(size=shape).astype("float32") for shape in shapes]
+        for _ in range(2)
+    ]
+
+    def make(of):
+        model, towers = make_towers(enabled=False)
+        for tower, i in zip(towers, of):
+            Adaptation(
+                projection=SharedProjection.from_matrices(*pairs[i]),
+                targets=None,
+                d_initial=0.1,
+                dropout=0.0,
+                bases=[tower],
+                layers=list(tower.layers),
+            ).apply(tower)
+        return model
+
+    alike = make((0, 0))
+    spoil(alike)
+    keras_vera.save_adapter(alike, path)
+    if same:
+        fresh, _ = make_towers(enabled=False)
+        keras_vera.load_adapter(fresh, path)
+        x = rng.normal(size=(6, 4)).astype("float32")
+        np.testing.assert_array_equal(predict(fresh, x), predict(alike, x))
+        return
+    content = path.read_bytes()
+    model = make((0, 1))
+    for call in (
+        lambda: keras_vera.save_adapter(model, path),
+        lambda: keras_vera.load_adapter(model, path),
+        lambda: keras_vera.AdapterBank(model, capacity=1),
+    ):
+        with pytest.raises(ValueError, match="different random matrices"):
+            call()
+    assert path.read_bytes() == content
 
 
 def test_loaded_model_saves_the_same_file(trained, path, tmp_path):
