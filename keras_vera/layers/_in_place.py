@@ -21,6 +21,8 @@ from keras_vera.product.projection import EXPLICIT
 from keras_vera.product.projection import pair_sha256
 
 _VECTORS = ("vera_lambda_d", "vera_lambda_b")
+# In a hidden group: the file holds the base where plain Keras looks.
+_BESIDE = "beside_base"
 
 
 class InPlaceVeRA:
@@ -62,8 +64,11 @@ class InPlaceVeRA:
 
     @suspended()
     def save_own_variables(self, store):
-        # `self.kernel` is the merged one, and is what Keras saves.
-        super().save_own_variables(store)
+        if self.vera_adaptation.beside_base() is not None:
+            self.save_base_variables(base_store(self, store))
+        else:
+            # `self.kernel` is the merged one, and is what Keras saves.
+            super().save_own_variables(store)
         if self.quantization_mode is not None:
             warnings.warn(
                 "A quantized kernel takes no adapter, so this file holds the "
@@ -72,11 +77,13 @@ class InPlaceVeRA:
                 "`keras_vera.save_adapter`.",
                 stacklevel=2,
             )
-        group = _keras.hidden_group(store, create=True)
+        group = new_group(self, store)
         if group is not None:
             group["identity"] = json.dumps(self._identity())
             for name in _VECTORS:
                 group[name] = _keras.to_numpy(getattr(self, name))
+            if _BESIDE in group and self.vera_base_bias is not None:
+                group["bias"] = _keras.to_numpy(self.bias)
 
     @suspended()
     def load_own_variables(self, store):
@@ -89,10 +96,14 @@ class InPlaceVeRA:
             for name in _VECTORS:
                 array = _keras.hidden_array(group, name)
                 getattr(self, name).assign(array)
+            if "bias" in group:
+                # The file has that of the base where Keras looks.
+                self.__dict__.pop("vera_base_bias", None)
+                self.set_adapter_bias(_keras.hidden_array(group, "bias"))
             return
         super().load_own_variables(store)
         is_quantized = self.quantization_mode is not None
-        self.become_base(group is not None and not is_quantized)
+        self.become_base(holds_merged(store) and not is_quantized)
 
     def become_base(self, is_merged=False):
         """Takes the kernel and the bias that were loaded as the base.
@@ -137,13 +148,66 @@ class InPlaceVeRA:
         if "identity" not in group:
             # The layer trains in full there.
             return False
-        text = np.asarray(_keras.hidden_array(group, "identity")).item()
-        identity = json.loads(text)
+        identity = _read_json(group, "identity")
         if "trained" in identity:
             # Files of before have numbers of the process in these names.
             names = map(_keras.without_number, identity["trained"])
             identity["trained"] = list(names)
-        return identity == self._identity()
+        is_same = identity == self._identity()
+        return is_same and is_beside_this_base(self, group)
+
+
+class _BaseStore:
+    """A store that gets the base's values where Keras writes others."""
+
+    def __init__(self, store, values):
+        self._store = store
+        self._values = {id(variable): value for variable, value in values}
+
+    def __setitem__(self, key, value):
+        self._store[key] = self._values.get(id(value), value)
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+def base_store(layer, store):
+    """Returns a store in which plain Keras finds the base, if it must.
+
+    What is quantized takes no adapter, and its neighbors would be neither
+    base nor adapted with theirs: what the adapter has is in the hidden group
+    then, of every layer of one adaptation.
+    """
+    adaptation = layer.vera_adaptation
+    if adaptation.beside_base() is None:
+        return store
+    return _BaseStore(store, adaptation.base_values())
+
+
+def new_group(layer, store):
+    """Returns the hidden group of a layer in a file, or `None`."""
+    group = _keras.hidden_group(store, create=True)
+    beside = layer.vera_adaptation.beside_base()
+    if group is not None and beside is not None and _BESIDE not in group:
+        group[_BESIDE] = json.dumps(beside)
+    return group
+
+
+def is_beside_this_base(layer, group):
+    """Whether an adapter that a file has beside its base is that of a layer."""
+    if _BESIDE not in group:
+        return True
+    return _read_json(group, _BESIDE) == layer.vera_adaptation.beside_base()
+
+
+def holds_merged(store):
+    """Whether a file has the adapter of a layer where plain Keras looks."""
+    group = _keras.hidden_group(store)
+    return group is not None and _BESIDE not in group
+
+
+def _read_json(group, name):
+    return json.loads(np.asarray(_keras.hidden_array(group, name)).item())
 
 
 def is_adapted(layer):

@@ -37,13 +37,20 @@ def _was_trainable(layer_or_variable):
 def _own_weights(layer):
     is_adapted = isinstance(layer, InPlaceVeRA)
     trained = getattr(layer, "vera_trained", None)
+    base = {}
+    if is_adapted or trained is not None:
+        adaptation = layer.vera_adaptation
+        if adaptation.beside_base() is not None:
+            base = {id(v): value for v, value in adaptation.base_values()}
     for variable in _keras.own_variables(layer):
         if is_adapted and variable.name.startswith("vera_"):
             continue
         if is_adapted and variable is stored_kernel(layer):
             yield _MergedKernel(layer)
         elif trained is not None and id(variable) in trained.ids:
-            yield _TrainedWeight(layer, variable)
+            yield _TrainedWeight(layer, variable, base)
+        elif id(variable) in base:
+            yield _Weight(layer, variable, base)
         else:
             yield variable
 
@@ -55,13 +62,18 @@ def _variable(weight):
 class _Weight:
     """Stands for a variable, where Keras saves or loads its value."""
 
-    def __init__(self, layer, variable):
-        self.layer, self.variable = layer, variable
+    def __init__(self, layer, variable, base=()):
+        self.layer, self.variable, self.base = layer, variable, base
         self.path = variable.path
         self.shape = tuple(variable.shape)
 
     def __array__(self, dtype=None, copy=None):
+        if id(self.variable) in self.base:
+            return self.base[id(self.variable)]
         return _keras.to_numpy(self.variable)
+
+    def assign(self, value):
+        self.variable.assign(value)
 
 
 class _MergedKernel(_Weight):
@@ -69,7 +81,7 @@ class _MergedKernel(_Weight):
         super().__init__(layer, stored_kernel(layer))
 
     def __array__(self, dtype=None, copy=None):
-        if self.layer.quantization_mode is None:
+        if self.layer.vera_adaptation.beside_base() is None:
             return _keras.to_numpy(self.layer.adapted_kernel())
         warnings.warn(
             "A quantized kernel takes no adapter, so this file holds the base "

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 
 from keras_vera import _keras
-from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._base_scope import suspended
 from keras_vera.product.checks import check_d_initial
 from keras_vera.product.checks import check_dropout
@@ -102,7 +101,7 @@ class StandaloneVeRA:
 
     @suspended()
     def save_own_variables(self, store):
-        super().save_own_variables(_WithoutMerging(store, self))
+        self.save_base_variables(store)
         if self.built:
             for name in _VECTORS:
                 store[name] = getattr(self, name)
@@ -137,14 +136,3 @@ class StandaloneVeRA:
     def _projection_hash(self):
         digest = pair_sha256(*self.projection_slices())
         return np.frombuffer(bytes.fromhex(digest), dtype=np.uint8)
-
-
-class _WithoutMerging:
-    """A store that takes the base kernel where Keras would write `kernel`."""
-
-    def __init__(self, store, layer):
-        self._store = store
-        self._layer = layer
-
-    def __setitem__(self, key, value):
-        self._store[key] = stored_kernel(self._layer) if key == "0" else value

@@ -206,6 +206,14 @@ class VeRALayer:
         finally:
             _base_only.layer = None
 
+    def save_base_variables(self, store):
+        """Saves as the plain layer does, which reads `kernel`."""
+        _base_only.layer = self
+        try:
+            super().save_own_variables(store)
+        finally:
+            _base_only.layer = None
+
     def _activated(self, output, training=None):
         """Applies what comes after the adapter."""
         if self.activation is not None:

@@ -91,7 +91,7 @@ class Adaptation:
                     rank,
                 )
                 layer.vera_adaptation = self
-            self.trained.begin()
+            self.trained.begin(self)
             for base in self.bases:
                 _refuse_lora(base)
             _keras.reset_compiled(self.frozen.layers)
@@ -108,6 +108,22 @@ class Adaptation:
                 layer.__dict__.pop("vera_adaptation", None)
                 restore_layer(layer, merge=merge)
         self.frozen.undo(give_back=not merge)
+
+    def beside_base(self):
+        """Returns what files say of the adapter if they hold the base.
+
+        So they do where a kernel is quantized, which takes no adapter, and
+        the others would be neither base nor adapted with theirs. `None`
+        where they hold the merged model.
+        """
+        if all(layer.quantization_mode is None for layer in self.layers):
+            return None
+        return {
+            "ranks": self.ranks,
+            "seed": self.projection.seed,
+            "structure": self.projection.structure,
+            "trained": self.trained.names(),
+        }
 
     def base_values(self):
         """Yields each variable that the base has with another value, and it.

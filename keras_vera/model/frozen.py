@@ -15,6 +15,7 @@ import keras
 
 from keras_vera import _keras
 from keras_vera.layers._in_place import class_like
+from keras_vera.layers._in_place import holds_merged
 from keras_vera.layers._kinds import kind_of
 
 # What an instance of a frozen layer has beside its class.
@@ -267,8 +268,7 @@ def _mark_when_merged(layer):
     @functools.wraps(layer.load_own_variables)
     def load_own_variables(store):
         type(layer).load_own_variables(layer, store)
-        is_merged = _keras.hidden_group(store) is not None
-        vars(layer)["vera_base_is_merged"] = is_merged
+        vars(layer)["vera_base_is_merged"] = holds_merged(store)
 
     vars(layer)["load_own_variables"] = load_own_variables
 

@@ -4,7 +4,11 @@ import functools
 
 from keras_vera import _keras
 from keras_vera.layers._base_scope import suspended
+from keras_vera.layers._in_place import base_store
 from keras_vera.layers._in_place import class_like
+from keras_vera.layers._in_place import holds_merged
+from keras_vera.layers._in_place import is_beside_this_base
+from keras_vera.layers._in_place import new_group
 
 
 class TrainedInBase:
@@ -40,7 +44,7 @@ class TrainedInBase:
             for v in own
         ]
 
-    def begin(self):
+    def begin(self, adaptation):
         """Lets the variables train, once everything else is frozen."""
         for layer, own in self.variables.items():
             for variable in own:
@@ -49,7 +53,7 @@ class TrainedInBase:
             self.note(layer)
             self._classes.append((layer, type(layer)))
             layer.__class__ = _trained_class(type(layer))
-            layer.vera_trained = self
+            layer.vera_adaptation = adaptation
 
     def undo(self, give_back):
         """Ends it.
@@ -59,7 +63,7 @@ class TrainedInBase:
         """
         for layer, plain_class in self._classes:
             layer.__class__ = plain_class
-            layer.__dict__.pop("vera_trained", None)
+            layer.__dict__.pop("vera_adaptation", None)
         if give_back:
             for variable, value in self.base_values():
                 variable.assign(value)
@@ -93,8 +97,13 @@ class _Trained:
     """Saving and loading of a layer of the base that trains.
 
     Files hold the trained values. Weight files also hold those of the base,
-    where plain Keras does not look.
+    where plain Keras does not look; beside a quantized base, it is the other
+    way round.
     """
+
+    @property
+    def vera_trained(self):
+        return self.vera_adaptation.trained
 
     @classmethod
     def from_config(cls, config):
@@ -102,27 +111,38 @@ class _Trained:
 
     @suspended()
     def save_own_variables(self, store):
-        super().save_own_variables(store)
-        group = _keras.hidden_group(store, create=True)
+        super().save_own_variables(base_store(self, store))
+        group = new_group(self, store)
         if group is not None:
             for i, value in enumerate(self.vera_trained.values_of(self)):
                 group[f"base_{i}"] = value
+            if holds_merged(store):
+                return
+            for i, variable in enumerate(self.vera_trained.variables[self]):
+                group[f"trained_{i}"] = _keras.to_numpy(variable)
 
     @suspended()
     def load_own_variables(self, store):
         super().load_own_variables(store)
         group = _keras.hidden_group(store)
-        count = len(self.vera_trained.values_of(self))
-        names = [f"base_{i}" for i in range(count)]
-        if group is None or any(name not in group for name in names):
+        variables = self.vera_trained.variables[self]
+        names = [f"base_{i}" for i in range(len(variables))]
+        if (
+            group is None
+            or any(name not in group for name in names)
+            or not is_beside_this_base(self, group)
+        ):
             # This is the base from now on: the file is that of a plain model,
             # or of one in which this layer is adapted.
-            self.vera_base_is_merged = group is not None
+            self.vera_base_is_merged = holds_merged(store)
             self.vera_trained.note(self)
-        else:
-            self.vera_base_is_merged = False
-            values = [_keras.hidden_array(group, name) for name in names]
-            self.vera_trained.note(self, values)
+            return
+        self.vera_base_is_merged = False
+        values = [_keras.hidden_array(group, name) for name in names]
+        self.vera_trained.note(self, values)
+        if not holds_merged(store):
+            for i, variable in enumerate(variables):
+                variable.assign(_keras.hidden_array(group, f"trained_{i}"))
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Adapters beside bases that Keras quantized (QVeRA)."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -325,3 +327,123 @@ def test_gradients_below_the_logits_of_a_language_model():
     # As Keras has it, for every adapter; else the warning could go.
     with pytest.warns(UserWarning, match="'token_embedding' .*filters=lambda"):
         assert cosine(gradients(None)) < 0.95
+
+
+def make_partly_quantized():
+    """Returns a quantized model with norms, and a kernel that is a float."""
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.Input((8,)),
+        keras.layers.Dense(16, activation="tanh", name="a"),
+        keras.layers.LayerNormalization(name="n"),
+        keras.layers.Dense(8, name="b"),
+    ]
+    model = keras.Sequential(layers)
+    model.quantize("int8", filters=lambda layer: layer.name != "b")
+    return model
+
+
+def adapt_partly_quantized(model, train=None, targets="all-linear"):
+    keras_vera.enable_vera(model, rank=RANK, targets=targets, train=train)
+    spoil(model)
+    for v in model.trainable_variables:
+        if not v.name.startswith("vera_lambda"):
+            v.assign(v + 0.25)
+
+
+def saved_and_loaded(model, tmp_path):
+    model.save(tmp_path / "q.keras")
+    return keras.models.load_model(tmp_path / "q.keras")
+
+
+def plain_with_its_weights(model, tmp_path):
+    model.save_weights(tmp_path / "q.weights.h5")
+    plain = make_partly_quantized()
+    plain.load_weights(tmp_path / "q.weights.h5")
+    return plain
+
+
+def plain_with_its_older_file(model, tmp_path):
+    model.save(tmp_path / "q.h5")
+    plain = make_partly_quantized()
+    plain.load_weights(tmp_path / "q.h5")
+    return plain
+
+
+TRAINED = [None, "norm", "bias", ["norm", "bias"]]
+
+
+@pytest.mark.filterwarnings("ignore:A quantized kernel takes no adapter")
+@pytest.mark.parametrize("train", TRAINED, ids=str)
+@pytest.mark.parametrize(
+    "made",
+    [
+        saved_and_loaded,
+        plain_with_its_weights,
+        plain_with_its_older_file,
+        lambda model, _: copy.deepcopy(model),
+    ],
+    ids=["keras file", "weights file", "older file", "deepcopy"],
+)
+def test_files_of_a_partly_quantized_model_hold_the_base(
+    made, train, rng, tmp_path
+):
+    x = rng.normal(size=(4, 8)).astype("float32")
+    model = make_partly_quantized()
+    base = predict(model, x)
+    adapt_partly_quantized(model, train)
+    y = predict(model, x)
+    assert largest_difference(y, base) > 0.1
+    other = made(model, tmp_path)
+    assert adapted(other) == []
+    np.testing.assert_allclose(predict(other, x), base, atol=1e-6)
+    np.testing.assert_array_equal(predict(model, x), y)
+
+
+@pytest.mark.filterwarnings("ignore:A quantized kernel takes no adapter")
+@pytest.mark.parametrize("train", TRAINED, ids=str)
+def test_weights_of_a_partly_quantized_model_hold_its_adapter(
+    train, rng, tmp_path
+):
+    x = rng.normal(size=(4, 8)).astype("float32")
+    model = make_partly_quantized()
+    base = predict(model, x)
+    adapt_partly_quantized(model, train)
+    model.save_weights(tmp_path / "q.weights.h5")
+    again = make_partly_quantized()
+    keras_vera.enable_vera(again, rank=RANK, targets="all-linear", train=train)
+    again.load_weights(tmp_path / "q.weights.h5")
+    np.testing.assert_array_equal(predict(again, x), predict(model, x))
+    # And it still knows its base.
+    keras_vera.save_adapter(again, tmp_path / "a.vera.safetensors")
+    keras_vera.disable_vera(again)
+    np.testing.assert_array_equal(predict(again, x), base)
+    keras_vera.load_adapter(again, tmp_path / "a.vera.safetensors")
+    np.testing.assert_array_equal(predict(again, x), predict(model, x))
+    # With other targets, or other parts that train, it is the base.
+    other_train = "norm" if train == "bias" else "bias"
+    for kwargs in ({"targets": "a", "train": train}, {"train": other_train}):
+        other = make_partly_quantized()
+        adapt_partly_quantized(other, **kwargs)
+        other.load_weights(tmp_path / "q.weights.h5")
+        np.testing.assert_array_equal(predict(other, x), base)
+        keras_vera.save_adapter(other, tmp_path / "b.vera.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:A quantized kernel takes no adapter")
+def test_bias_of_an_adapter_beside_a_quantized_base(rng, tmp_path):
+    x = rng.normal(size=(4, 8)).astype("float32")
+    model = make_partly_quantized()
+    base = predict(model, x)
+    adapt_partly_quantized(model)
+    for layer in adapted(model):
+        layer.set_adapter_bias(rng.normal(size=layer.bias.shape))
+    for made in (plain_with_its_weights, plain_with_its_older_file):
+        plain = made(model, tmp_path)
+        np.testing.assert_array_equal(predict(plain, x), base)
+    again = make_partly_quantized()
+    keras_vera.enable_vera(again, rank=RANK, targets="all-linear")
+    again.load_weights(tmp_path / "q.weights.h5")
+    np.testing.assert_array_equal(predict(again, x), predict(model, x))
+    keras_vera.disable_vera(again)
+    np.testing.assert_array_equal(predict(again, x), base)
