@@ -48,9 +48,14 @@ class _MatrixKind(VeRALayer):
         tokens = self._vera_layout.contraction.tokens(inputs.shape)
         if not self._is_folded(tokens, training):
             return self._added_call(inputs, training=training)
+        kernel = ops.convert_to_tensor(stored_kernel(self))
+        x = self._promoted(inputs, kernel.dtype)
+        if x.dtype != kernel.dtype:
+            # The base layer's product is in the wider one (`autocast=False`).
+            return self._added_call(inputs, training=training)
         output = folded_product(
-            ops.cast(inputs, self.compute_dtype),
-            ops.convert_to_tensor(stored_kernel(self)),
+            x,
+            kernel,
             self.projection_slices(),
             *self._vectors(),
             self._vera_layout,
@@ -61,7 +66,7 @@ class _MatrixKind(VeRALayer):
         return self._activated(output)
 
     def _adapter_output(self, inputs, training):
-        x = ops.cast(inputs, self.compute_dtype)
+        x = self._promoted(inputs, self.compute_dtype)
         return adapter_product(
             self._dropped(x, training),
             self.projection_slices(),
@@ -198,7 +203,8 @@ class ConvolutionKind(VeRALayer):
         return super()._is_folded(tokens, training, inputs)
 
     def _adapter_output(self, inputs, training):
-        x = self._dropped(ops.cast(inputs, self.compute_dtype), training)
+        x = self._promoted(inputs, self.compute_dtype)
+        x = self._dropped(x, training)
         pair, vectors = self.projection_slices(), self._vectors_for(x)
         if self.groups > 1:
             if rows_of(self) is not None:

@@ -268,6 +268,17 @@ class VeRALayer:
         """Whether the base is wanted, without any product of the adapter."""
         return rows_of(self) is None and shows_base(self.vera_lambda_b)
 
+    def _promoted(self, x, dtype):
+        """Returns inputs in the dtype of their product with what has `dtype`.
+
+        With `autocast=False`, floats come as they are.
+        """
+        standardize = keras.backend.standardize_dtype
+        return ops.cast(
+            x,
+            keras.backend.result_type(standardize(x.dtype), standardize(dtype)),
+        )
+
     def _drops_out(self, training):
         return self._vera_settings.dropout and _keras.is_training(training)
 

@@ -447,3 +447,61 @@ def test_other_convolutions_are_refused_by_name(layer):
     lines = []
     keras_vera.summary(model, print_fn=lines.append)
     assert f"{layer.name.lower()}" in lines[0].lower()
+
+
+UNCAST = {
+    "dense": (lambda **kw: keras.layers.Dense(6, **kw), (4, 8)),
+    "einsum": (
+        lambda **kw: keras.layers.EinsumDense("abc,cd->abd", (4, 6), **kw),
+        (4, 4, 8),
+    ),
+    "convolution": (lambda **kw: keras.layers.Conv1D(6, 1, **kw), (4, 4, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", UNCAST)
+@pytest.mark.parametrize("plan", ["folded", "additive"])
+@pytest.mark.parametrize(
+    "dtype, received",
+    [
+        ("bfloat16", "float32"),
+        ("mixed_bfloat16", "float32"),
+        ("mixed_bfloat16", "bfloat16"),
+        ("float32", "float16"),
+        ("float16", "float64"),
+        ("bfloat16", "int32"),
+    ],
+)
+def test_inputs_that_are_not_cast(kind, plan, dtype, received, rng):
+    make, shape = UNCAST[kind]
+    layer = make(dtype=dtype, autocast=False)
+    layer.build(shape)
+    x = ops.cast(rng.integers(-8, 9, size=shape), received)
+    try:
+        base = layer(x)
+    except Exception as error:
+        pytest.skip(f"Keras cannot: {type(error).__name__}")
+    keras_vera.enable_vera(layer, rank=RANK, targets=".*", plan=plan)
+    start = layer(x)
+    assert start.dtype == base.dtype
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(ops.cast(start, "float32")),
+        ops.convert_to_numpy(ops.cast(base, "float32")),
+    )
+    spoil(layer)
+    y = layer(x)
+    assert y.dtype == base.dtype
+    kernel = ops.cast(layer.kernel, "float32")
+    kernel = ops.reshape(kernel, kernel.shape[-2:])
+    expected = ops.matmul(ops.cast(x, "float32"), kernel)
+    bound = 0.1 if "16" in dtype or "16" in received else 1e-4
+    scale = ops.max(ops.abs(expected))
+    difference = ops.max(ops.abs(ops.cast(y, "float32") - expected))
+    assert difference <= bound * scale
+    if received == "int32":
+        return
+    # All that trains gets its gradients.
+    g = rng.normal(size=y.shape).astype("float32")
+    _, gradients = outputs_and_gradients(layer, x, g)
+    for name in ("vera_lambda_d", "vera_lambda_b"):
+        assert np.all(np.isfinite(gradients[name])) and gradients[name].any()
