@@ -49,7 +49,7 @@ def are_names(values):
     """Says whether values are texts, so that they can be names."""
     dtype = getattr(values, "dtype", None)
     if dtype is not None:
-        kind = str(getattr(dtype, "name", dtype))
+        kind = str(getattr(dtype, "name", dtype)).lower()
         return any(part in kind for part in ("str", "bytes", "object"))
     return isinstance(values, (list, tuple)) and all(
         value is None or isinstance(value, (str, bytes)) for value in values
@@ -57,10 +57,13 @@ def are_names(values):
 
 
 def count_examples(x):
-    if isinstance(x, dict):
-        texts = [value for value in x.values() if _is_texts(value)]
-        x = texts[0] if texts else x
-    return len(x if _is_texts(x) else tree.flatten(x)[0])
+    values = list(x.values()) if isinstance(x, dict) else [x]
+    if any(isinstance(value, str) for value in values):
+        return 1
+    # Before lists, which may be of images.
+    texts = [value for value in values if are_names(value)]
+    arrays = [value for value in values if hasattr(value, "shape")]
+    return len([*texts, *arrays, *tree.flatten(x)][0])
 
 
 def has_preprocessor(model):
@@ -75,10 +78,6 @@ def preprocessed(model, x, y=None, sample_weight=None):
             data = (data,)
         x, y, sample_weight = (*data, None, None)[:3]
     return tree.map_structure(as_numpy, (x, y, sample_weight))
-
-
-def _is_texts(x):
-    return isinstance(x, list) and all(isinstance(text, str) for text in x)
 
 
 def as_numpy(x):

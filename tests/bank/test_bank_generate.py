@@ -210,3 +210,30 @@ def test_texts(tmp_path):
         bank.generate(texts, ["a", None])
     with pytest.raises(ValueError, match="`prompts` must be a list"):
         bank.generate("ab", ["a"])
+
+
+@pytest.mark.parametrize(
+    "prompts, count",
+    [
+        (["a", "b", "a"], 3),
+        (("a", "b", "a"), 3),
+        (np.array(["a", "b", "a"]), 3),
+        (np.array(["a", "b", "a"], object), 3),
+        ("a", 1),
+    ],
+)
+def test_texts_are_counted_beside_images(tmp_path, prompts, count):
+    """Whose rows are no examples."""
+    _, bank = make_bank("gemma", tmp_path)
+    image = np.zeros((8, 7, 3), "float32")
+    images = image if count == 1 else [image] * count
+    inputs = {"images": images, "prompts": prompts}
+    with pytest.raises(ValueError, match=f"2 names for {count} examples"):
+        bank.generate(inputs, ["a", None])
+
+
+def test_token_ids_are_counted_beside_images(tmp_path):
+    _, bank = make_bank("gemma", tmp_path)
+    inputs = {"images": [np.zeros((8, 8, 3))] * 4, **make_prompt(4)}
+    with pytest.raises(ValueError, match="2 names for 4 examples"):
+        bank.generate(inputs, ["a", None])
