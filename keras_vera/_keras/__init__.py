@@ -48,6 +48,7 @@ from keras_vera._keras.models import COMPILED as COMPILED
 from keras_vera._keras.models import living_models as living_models
 from keras_vera._keras.models import remember_model as remember_model
 from keras_vera._keras.models import reset_compiled as reset_compiled
+from keras_vera._keras.optimizers import check_built_with as check_built_with
 from keras_vera._keras.optimizers import copy_exclusions as copy_exclusions
 from keras_vera._keras.optimizers import in_any_replica as in_any_replica
 from keras_vera._keras.optimizers import mix_in as mix_in

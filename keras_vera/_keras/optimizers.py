@@ -20,6 +20,11 @@ def update_variables_one_by_one(optimizer, grads, variables, learning_rate):
     step(grads, variables, learning_rate)
 
 
+def check_built_with(optimizer, variables):
+    """Raises, as Keras does, for variables of another model."""
+    optimizer._check_variables_are_known(variables)
+
+
 def named_in_files(plain_name):
     """Returns a decorator for a class that files name as one of Keras' own.
 

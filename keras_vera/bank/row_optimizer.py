@@ -70,6 +70,7 @@ class TrainsRows:
             if not isinstance(self, TrainsRows):
                 self.apply(grads, trainable_variables)
                 return
+        _keras.check_built_with(self, variables)
         grads = [None if grad is None else _dense(grad) for grad in grads]
         row = np.arange(variables[0].shape[0])
         moving = row < 0

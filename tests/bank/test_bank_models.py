@@ -508,6 +508,23 @@ def test_an_optimizer_of_another_model_trains_all_of_it(files, apply):
     assert type(optimizer) is plain_class
 
 
+@pytest.mark.parametrize("name", ["sgd", "vera"])
+def test_an_optimizer_that_was_built_for_a_bank(files, x, name):
+    """It says so, as Keras' own do."""
+    optimizer = keras.optimizers.SGD(0.1)
+    if name == "vera":
+        optimizer = keras_vera.vera_optimizer(optimizer)
+    bank = make_bank(files)
+    bank.model.compile(optimizer, "mse")
+    bank.fit(x, np.ones((4, 4)), adapters=NAMES * 2, verbose=0)
+    before = banks.stacks(bank)
+    variables = [keras.Variable(np.ones(shape)) for shape in ((5, 2), (2,))]
+    with pytest.raises(ValueError, match="can only be called for the var"):
+        optimizer.apply([keras.ops.ones(v.shape) for v in variables], variables)
+    for key, value in banks.stacks(bank).items():
+        np.testing.assert_array_equal(value, before[key])
+
+
 # ---- Inputs.
 
 
