@@ -70,11 +70,7 @@ class NamedBatches:
         else:
             ids = self.ids_of(names)
             if self._model is not None:
-                is_texts = isinstance(x, tuple) and are_names(x)
-                if is_texts and len(x) == len(ids):
-                    # Not the segments of one example: PyTorch's default
-                    # collate makes a tuple of texts.
-                    x = list(x)
+                x = _uncollated(x, len(ids))
                 x = tree.map_structure(_as_texts, x)
                 x, y, sample_weight = preprocessed(
                     self._model, x, y, sample_weight
@@ -203,8 +199,20 @@ def _symbolic_ids(ids_of, names):
     return ids
 
 
+def _uncollated(x, examples):
+    """Returns texts in a list, and segments of texts in a tuple.
+
+    PyTorch's default collate makes a tuple of the former, which would be the
+    segments of one example, and a list of the latter.
+    """
+    if isinstance(x, list) and all(isinstance(part, tuple) for part in x):
+        return tuple(_uncollated(part, examples) for part in x)
+    is_texts = isinstance(x, tuple) and are_names(x) and len(x) == examples
+    return list(x) if is_texts else x
+
+
 def _as_texts(x):
     """Returns an array of strings as a list, which preprocessors take."""
-    if isinstance(x, np.ndarray) and x.dtype.kind in "USO":
+    if isinstance(x, np.ndarray) and x.dtype.kind in "USOT":
         return names_of(x, argument="Texts")
     return x

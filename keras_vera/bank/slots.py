@@ -274,7 +274,13 @@ class Slots:
                 f"without `{next(iter(kwargs))}`. Name no more adapters than "
                 "fit, or leave it out."
             )
-        return itertools.islice(data.batches(size, self), steps)
+        batches = itertools.islice(data.batches(size, self), steps)
+        for first in batches:
+            return itertools.chain([first], batches)
+        raise ValueError(
+            "`x` must give one batch at least. Received: a dataset that gives "
+            "none. A generator that was read before has to be made again."
+        )
 
     @contextlib.contextmanager
     def training(self, names):

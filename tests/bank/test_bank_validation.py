@@ -375,6 +375,47 @@ def test_texts_with_names(tmp_path):
     assert history.history["val_loss"] == [pytest.approx(found, abs=1e-5)]
 
 
+def test_pairs_of_texts_as_pytorch_collates_them(tmp_path):
+    """Its default makes `[(a, c), (b, d)]` of `(a, b)` and `(c, d)`."""
+    torch = pytest.importorskip("torch")
+    task = hub_text.make_classifier()
+    keras_vera.enable_vera(task, rank=4)
+    banks.randomize(task, 1)
+    keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")
+    segments = ["a b c", "b", "d h", "g"], ["h", "a b", "c", "d d"]
+    expected = predict(task, segments)
+    bank = keras_vera.AdapterBank(task, capacity=1)
+    bank.load("a", tmp_path / "a.vera.safetensors")
+    rows = list(zip(zip(*segments), ["a"] * 4))
+    loader = torch.utils.data.DataLoader(rows, batch_size=2)
+    assert largest_difference(bank.predict(loader), expected) < ROUNDING
+
+
+@pytest.mark.skipif(
+    not hasattr(getattr(np, "dtypes", None), "StringDType"),
+    reason="of NumPy 2 alone",
+)
+def test_strings_of_any_length(tmp_path):
+    task = hub_text.make_classifier()
+    keras_vera.enable_vera(task, rank=4)
+    bank = keras_vera.AdapterBank(task, capacity=1)
+    banks.randomize(task, 1)
+    keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")
+    bank.load("a", tmp_path / "a.vera.safetensors")
+    texts, names = ["a b c", "b", "d h", "g"], ["a", "", "a", "a"]
+    parts = [np.array(x, np.dtypes.StringDType()) for x in (texts, names)]
+    found, expected = bank.predict(PyData(*parts)), bank.predict(texts, names)
+    assert largest_difference(found, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("capacity", [2, 3], ids=["in parts", "at once"])
+@pytest.mark.parametrize("method", ["predict", "evaluate"])
+def test_a_dataset_without_batches(files, tmp_path, method, capacity):
+    bank = open_bank(files, tmp_path / "bank", capacity)
+    with pytest.raises(ValueError, match="one batch"):
+        getattr(bank, method)(batch for batch in ())
+
+
 @pytest.mark.parametrize("where", ["fit", "evaluate", "validation"])
 def test_targets_that_are_missing_are_named(where):
     bank = make_bank({}, capacity=1)
