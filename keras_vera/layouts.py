@@ -11,6 +11,7 @@ from keras_vera.layers._base_layer import stored_kernel
 from keras_vera.layers._kinds import kind_of
 from keras_vera.model.adaptation import base_paths
 from keras_vera.model.adaptation import check_model
+from keras_vera.model.adaptation import check_no_lora
 from keras_vera.model.adaptation import find_bases
 from keras_vera.model.roles import COLUMNS
 from keras_vera.model.roles import cuts
@@ -90,6 +91,7 @@ def layout_map(
     """
     parts = _checked_parts(mesh, axis, kernels, capacity)
     check_model(model)
+    check_no_lora(model, _keras.flatten_layers(model))
     paths = base_paths(model, find_bases(model))
     adapted = resolve_targets(targets, exclude, 1, paths)
     own = _of_model(model, paths, axis, parts, kernels)

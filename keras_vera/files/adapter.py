@@ -206,15 +206,12 @@ def _checked_adaptation(
     Also the layers to adapt, by path. Everything is checked.
     """
     projection, settings = fit.checked_settings(header, matrices, filepath)
-    layers, bases, outside = fit.check_base_model(
+    layers, bases, outside, base_layers = fit.check_base_model(
         model, paths, header, filepath, head
     )
     fit.check_kernels(layers, header, filepath)
     fit.note_ranks(header, tensors, filepath)
-    below = [x for base in bases for x in _keras.flatten_layers(base)]
-    trained = fit.check_trained(
-        layers, paths, header, [x for x in below if x not in outside], filepath
-    )
+    trained = fit.check_trained(layers, paths, header, base_layers, filepath)
     plan = adaptation.Adaptation(
         projection=projection,
         targets=header["targets"],

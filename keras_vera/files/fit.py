@@ -5,6 +5,7 @@ import math
 import numpy as np
 from keras import backend
 
+from keras_vera import _keras
 from keras_vera.files.format import AdapterFileError
 from keras_vera.files.saved import MATRICES
 from keras_vera.files.saved import PAIR
@@ -140,8 +141,8 @@ def _check_adapted_model(paths, header, filepath):
 
 
 def check_base_model(model, paths, header, filepath, head):
-    """Returns the layers to adapt, by path; the bases of the header; and the
-    layers below them that are not of the base."""
+    """Returns the layers to adapt, by path; the bases of the header; the
+    layers below them that are not of the base; and those that are."""
     adaptation.check_model(model)
     wanted = [*header["layers"], *header["bases"]]
     if head:
@@ -158,10 +159,14 @@ def check_base_model(model, paths, header, filepath, head):
             "`keras_vera.layers`. Received: a model without them."
         )
     layers = {path: paths[path] for path in header["layers"]}
+    bases = [paths[path] for path in header["bases"]]
+    outside = [paths[x] for x in header["outside"] if x in paths]
+    below = [x for base in bases for x in _keras.flatten_layers(base)]
+    base_layers = [x for x in below if x not in outside]
+    adaptation.check_no_lora(model, base_layers)
     for path, layer in layers.items():
         adaptation.check_layer(layer, path)
-    outside = [paths[x] for x in header["outside"] if x in paths]
-    return layers, [paths[path] for path in header["bases"]], outside
+    return layers, bases, outside, base_layers
 
 
 def check_kernels(layers, header, filepath, reference=None):

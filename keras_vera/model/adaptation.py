@@ -157,13 +157,16 @@ def check_model(model):
             "(or after `set_distribution`), or adapt it outside of it."
         )
     _keras.check_not_wrapped(model)
-    layers = _keras.flatten_layers(model)
-    if any(is_adapted(layer) for layer in layers):
+    if any(is_adapted(layer) for layer in _keras.flatten_layers(model)):
         raise ValueError(
             f"Model '{model.name}' is adapted with VeRA already. Call "
             "`keras_vera.merge(model)` to keep its adapter or "
             "`keras_vera.disable_vera(model)` to drop it first."
         )
+
+
+def check_no_lora(model, layers):
+    """Raises if one of `layers`, those of the base, has LoRA."""
     with_lora = [x.name for x in layers if getattr(x, "lora_enabled", False)]
     if with_lora:
         raise ValueError(

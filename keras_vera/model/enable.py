@@ -15,6 +15,7 @@ from keras_vera.model.adaptation import check_base_is_clean
 from keras_vera.model.adaptation import check_layer
 from keras_vera.model.adaptation import check_mergeable
 from keras_vera.model.adaptation import check_model
+from keras_vera.model.adaptation import check_no_lora
 from keras_vera.model.adaptation import find_bases
 from keras_vera.model.adaptation import restore
 from keras_vera.model.adaptation import warn_about_quantized_logits
@@ -136,6 +137,7 @@ def enable_vera(
     rank = check_integer("rank", rank, 1)
     bases = find_bases(model)
     paths = base_paths(model, bases)
+    check_no_lora(model, paths.values())
     ranks = resolve_targets(targets, exclude, rank, paths)
     for path in ranks:
         check_layer(paths[path], path)

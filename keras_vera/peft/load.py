@@ -94,6 +94,8 @@ def load_peft_adapter(
     )
     _base_scope.check_outside(model)
     adaptation.check_model(model)
+    # Heads as well: a trained one in the folder could not be loaded.
+    adaptation.check_no_lora(model, _keras.flatten_layers(model))
     _keras.check_all_here("load_peft_adapter", model.variables)
     backbone, family = find_family(model)
     folder = os.fspath(folder)

@@ -193,3 +193,32 @@ def test_disabling_leaves_a_head_that_was_added_later(path):
     for mine, theirs in zip(plain.layers[-2:], model.layers[-2:]):
         mine.set_weights(theirs.get_weights())
     np.testing.assert_array_equal(predict(plain, x), predict(model, x))
+
+
+def with_lora(layer):
+    layer.enable_lora(2)
+    rng = np.random.default_rng(2)
+    for v in (layer.lora_kernel_a, layer.lora_kernel_b):
+        v.assign(rng.normal(size=v.shape))
+
+
+def test_head_with_lora_is_a_head(path, x):
+    model = make_model()
+    with_lora(model.head)
+    keras_vera.enable_vera(model, rank=4, targets="all-linear")
+    assert [v.trainable for v in model.head.weights] == [False] + [True] * 3
+    spoil(model)
+    keras_vera.save_adapter(model, path)
+    fresh = make_model()
+    with_lora(fresh.head)
+    for v in fresh.head.weights:
+        v.assign(v + 1)
+    keras_vera.load_adapter(fresh, path)
+    np.testing.assert_array_equal(predict(fresh, x), predict(model, x))
+    # In the base, VeRA would freeze it.
+    other = make_model()
+    with_lora(other.backbone.layers[-2])
+    before = state(other)
+    with pytest.raises(ValueError, match="has LoRA enabled, in the layers"):
+        keras_vera.load_adapter(other, path)
+    assert state(other) == before
