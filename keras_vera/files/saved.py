@@ -182,27 +182,10 @@ def adaptations(paths):
 
 
 def _base_paths(model, paths):
-    """Returns where the frozen parts are in `model`.
-
-    `keras.Model(backbone.input, head(backbone.output))` holds the layers of
-    the backbone, but not the backbone: then they stand for it.
-    """
+    """Returns where the frozen parts are in `model`."""
     places = {id(layer): path for path, layer in paths.items()}
-    bases = [base for plan in adaptations(paths) for base in plan.bases]
-    bases = list({id(base): base for base in bases}.values())
-    found = []
-    while bases:
-        base = bases.pop(0)
-        if id(base) in places:
-            found.append(places[id(base)])
-        elif _keras.sub_layers(base):
-            bases.extend(_keras.sub_layers(base))
-        else:
-            raise ValueError(
-                "`model` must hold the whole of what `enable_vera` adapted. "
-                f"Received: model '{model.name}', a part of it."
-            )
-    return found
+    parts = adaptation.parts_of_bases(model, paths.values())
+    return [places[id(part)] for part in parts]
 
 
 def make_header(model, paths):

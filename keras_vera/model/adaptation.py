@@ -335,6 +335,38 @@ def check_adapted(model):
     )
 
 
+def parts_of_bases(model, layers):
+    """Returns the parts of `model` that `enable_vera` froze, as a whole.
+
+    `keras.Model(backbone.input, head(backbone.output))` holds the layers of
+    the backbone, but not the backbone: then they stand for it.
+
+    Args:
+        model: The model, for the message.
+        layers: The layers of the model.
+
+    Raises:
+        ValueError: If weights of what was adapted are not in the model.
+    """
+    held = {id(layer) for layer in layers}
+    bases = [base for plan in adaptations(layers) for base in plan.bases]
+    bases = list({id(base): base for base in bases}.values())
+    found = []
+    while bases:
+        base = bases.pop(0)
+        if id(base) in held:
+            found.append(base)
+        elif _keras.own_variables(base):
+            raise ValueError(
+                "`model` must hold the whole of what `enable_vera` adapted. "
+                f"Received: model '{model.name}', a part of it. Pass the "
+                "model on which it was called."
+            )
+        else:
+            bases.extend(_keras.sub_layers(base))
+    return found
+
+
 def check_base_is_clean(model, layers):
     """Raises if a weights file merged another adapter into the base."""
     bases = [x for plan in adaptations(layers) for x in plan.frozen.layers]

@@ -17,6 +17,7 @@ from keras_vera.model.adaptation import check_mergeable
 from keras_vera.model.adaptation import check_model
 from keras_vera.model.adaptation import check_no_lora
 from keras_vera.model.adaptation import find_bases
+from keras_vera.model.adaptation import parts_of_bases
 from keras_vera.model.adaptation import restore
 from keras_vera.model.adaptation import warn_about_quantized_logits
 from keras_vera.model.targets import resolve_targets
@@ -170,8 +171,8 @@ def disable_vera(model: keras.Layer) -> None:
             called.
 
     Raises:
-        ValueError: If the model is not adapted, or if a weights file merged
-            an adapter into its base kernels.
+        ValueError: If the model is not adapted or a part of what was, or if
+            a weights file merged an adapter into its base kernels.
 
     Example:
 
@@ -182,6 +183,7 @@ def disable_vera(model: keras.Layer) -> None:
     """
     _base_scope.check_outside(model)
     layers = check_adapted(model)
+    parts_of_bases(model, _keras.flatten_layers(model))
     check_base_is_clean(model, layers)
     _keras.check_all_here("disable_vera", model.variables)
     restore(model, layers, merge=False)
@@ -198,9 +200,9 @@ def merge(model: keras.Layer) -> None:
             called, or one that holds `keras_vera.layers`.
 
     Raises:
-        ValueError: If the model is not adapted, or if its base is quantized:
-            quantizing again would lose much of the adapter. The model is
-            then as it was.
+        ValueError: If the model is not adapted or a part of what was, or if
+            its base is quantized: quantizing again would lose much of the
+            adapter. The model is then as it was.
 
     Example:
 
@@ -212,6 +214,7 @@ def merge(model: keras.Layer) -> None:
     """
     _base_scope.check_outside(model)
     layers = check_adapted(model)
+    parts_of_bases(model, _keras.flatten_layers(model))
     check_mergeable(model, layers)
     _keras.check_all_here("merge", model.variables)
     restore(model, layers, merge=True)

@@ -508,6 +508,59 @@ def test_unadapted_model_is_refused(function):
             pass
 
 
+@pytest.mark.parametrize("function", ["disable_vera", "merge"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda model: model.layers[0],
+        lambda model: keras.Model(model.inputs, model.layers[2].output),
+    ],
+    ids=["layer", "graph"],
+)
+def test_a_part_of_what_is_adapted_is_refused(part, function):
+    model = sequential()
+    keras_vera.enable_vera(model, rank=3, targets="all-linear")
+    spoil(model)
+    part = part(model)
+    before = state(model)
+    with pytest.raises(ValueError, match="must hold the whole .*a part of it"):
+        getattr(keras_vera, function)(part)
+    assert state(model) == before
+
+
+def called_anew(model):
+    """Returns a model with all layers of another one but its input."""
+    inputs = keras.Input((5, 8))
+    y = inputs
+    for layer in model.layers:
+        y = layer(y)
+    return keras.Model(inputs, y)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [lambda model: keras.Model(model.inputs, model.outputs), called_anew],
+    ids=["graph", "anew"],
+)
+def test_layers_of_a_base_stand_for_it(around, x, tmp_path):
+    path = tmp_path / "a.vera.safetensors"
+    model = sequential()
+    base = predict(model, x)
+    keras_vera.enable_vera(model, rank=3, targets="all-linear")
+    spoil(model)
+    outer = around(model)
+    adapted_outputs = predict(outer, x)
+    keras_vera.save_adapter(outer, path)
+    keras_vera.disable_vera(outer)
+    assert adapted(model) == []
+    np.testing.assert_array_equal(predict(model, x), base)
+    keras_vera.load_adapter(outer, path)
+    np.testing.assert_array_equal(predict(outer, x), adapted_outputs)
+    keras_vera.merge(outer)
+    assert adapted(model) == []
+    assert largest_difference(predict(model, x), adapted_outputs) < 1e-5
+
+
 def test_lora_on_an_adapted_layer_is_refused():
     model = enabled_model()
     before = state(model)
