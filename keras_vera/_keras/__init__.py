@@ -11,6 +11,7 @@ from keras_vera._keras.calls import is_in_call as is_in_call
 from keras_vera._keras.calls import is_in_inference_call as is_in_inference_call
 from keras_vera._keras.calls import is_in_layer_call as is_in_layer_call
 from keras_vera._keras.calls import is_training as is_training
+from keras_vera._keras.classes import class_like as class_like
 from keras_vera._keras.data import comparison as comparison
 from keras_vera._keras.data import data_kind as data_kind
 from keras_vera._keras.data import in_order_of_metrics as in_order_of_metrics
@@ -33,9 +34,6 @@ from keras_vera._keras.files import is_loading_weights as is_loading_weights
 from keras_vera._keras.files import is_saving_or_loading as is_saving_or_loading
 from keras_vera._keras.files import objects_being_loaded as objects_being_loaded
 from keras_vera._keras.files import serve_legacy_files as serve_legacy_files
-from keras_vera._keras.files import (
-    share_registered_name as share_registered_name,
-)
 from keras_vera._keras.freezing import finalize_state as finalize_state
 from keras_vera._keras.freezing import (
     freeze_own_variables as freeze_own_variables,

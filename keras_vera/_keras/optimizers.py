@@ -7,6 +7,8 @@ import functools
 import keras
 from keras.src import api_export
 
+from keras_vera._keras.classes import class_like
+
 
 def update_variables_one_by_one(optimizer, grads, variables, learning_rate):
     """Makes a step by `update_step`, as Keras does on the other backends.
@@ -63,18 +65,12 @@ def mix_in(mixin, optimizer):
 
 def mix_out(optimizer):
     """Undoes the last `mix_in`."""
-    _, plain_class = type(optimizer).__bases__
-    optimizer.__class__ = plain_class
+    optimizer.__class__ = type(optimizer).vera_plain_class
 
 
 @functools.cache
 def _mixed_class(mixin, plain_class):
-    namespace = {
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-        "__doc__": plain_class.__doc__,
-    }
-    made = type(plain_class.__name__, (mixin, plain_class), namespace)
+    made = class_like(plain_class, (mixin,))
     name = api_export.REGISTERED_OBJS_TO_NAMES.get(plain_class)
     return made if name is None else named_in_files(name)(made)
 

@@ -88,7 +88,7 @@ def _make_stand_in(model):
 
 @functools.cache
 def _class_with_rows(plain_class):
-    return type(plain_class.__name__, (_WithRows, plain_class), {})
+    return _keras.class_like(plain_class, (_WithRows,))
 
 
 def check_can_generate(model, prompts):

@@ -33,10 +33,6 @@ class BankHead:
         y = ops.reshape(y, (*ops.shape(x)[:-1], self.units))
         return y if self.activation is None else self.activation(y)
 
-    @classmethod
-    def from_config(cls, config):
-        return cls.vera_head_class.from_config(config)
-
 
 def _absent(logits):
     """The logit of a class that an adapter does not have."""
@@ -163,11 +159,4 @@ def _keeps_classes(operation, node, y, classes):
 
 @functools.cache
 def _head_class(plain_class):
-    # The name is the key of the layer in Keras' files.
-    namespace = {
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-        "__doc__": plain_class.__doc__,
-        "vera_head_class": plain_class,
-    }
-    return type(plain_class.__name__, (BankHead, plain_class), namespace)
+    return _keras.class_like(plain_class, (BankHead,))

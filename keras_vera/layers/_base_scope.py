@@ -77,11 +77,7 @@ class _Based:
 @functools.cache
 def _based_class(plain_class):
     # A bias of the base is of a class of its own, as it is frozen.
-    namespace = {
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-    }
-    return type(plain_class.__name__, (_Based, plain_class), namespace)
+    return _keras.class_like(plain_class, (_Based,))
 
 
 @contextlib.contextmanager

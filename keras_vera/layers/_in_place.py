@@ -58,10 +58,6 @@ class InPlaceVeRA:
         # In Keras' own files; elsewhere `_frozen.py` says what is in a config.
         return {**super().get_config(), "trainable": False}
 
-    @classmethod
-    def from_config(cls, config):
-        return cls.vera_plain_class.from_config(config)
-
     @suspended()
     def save_own_variables(self, store):
         if self.vera_adaptation.beside_base() is not None:
@@ -247,23 +243,4 @@ def restore_layer(layer, merge=False):
 def _adapted_class(plain_class):
     """Returns the adapted form of a layer class, made once for each."""
     mixins = (InPlaceVeRA, kind_of(plain_class))
-    return class_like(plain_class, mixins, {})
-
-
-def class_like(plain_class, mixins, namespace):
-    """Returns a class that takes the place of another in an object.
-
-    Keras keys saved layers by class name and finds classes by module and
-    name, or by the name they are registered by, so the new class goes by the
-    plain one's.
-    """
-    namespace = {
-        "__module__": plain_class.__module__,
-        "__qualname__": plain_class.__qualname__,
-        "__doc__": plain_class.__doc__,
-        "vera_plain_class": plain_class,
-        **namespace,
-    }
-    new_class = type(plain_class.__name__, (*mixins, plain_class), namespace)
-    _keras.share_registered_name(plain_class, new_class)
-    return new_class
+    return _keras.class_like(plain_class, mixins)

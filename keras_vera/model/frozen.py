@@ -14,7 +14,6 @@ import warnings
 import keras
 
 from keras_vera import _keras
-from keras_vera.layers._in_place import class_like
 from keras_vera.layers._in_place import holds_merged
 from keras_vera.layers._kinds import kind_of
 
@@ -365,15 +364,11 @@ class _Guarded:
 
 @functools.cache
 def _guarded_class(plain_class):
-    return class_like(plain_class, (_Guarded,), {})
+    return _keras.class_like(plain_class, (_Guarded,))
 
 
 class _Inference:
     """A layer with state that computes the same whether it trains or not."""
-
-    @classmethod
-    def from_config(cls, config):
-        return cls.vera_plain_class.from_config(config)
 
 
 @functools.cache
@@ -387,4 +382,4 @@ def _inference_class(plain_class):
         arguments.arguments["training"] = False
         return plain_call(*arguments.args, **arguments.kwargs)
 
-    return class_like(plain_class, (_Inference,), {"call": call})
+    return _keras.class_like(plain_class, (_Inference,), {"call": call})

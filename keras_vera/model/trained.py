@@ -5,7 +5,6 @@ import functools
 from keras_vera import _keras
 from keras_vera.layers._base_scope import suspended
 from keras_vera.layers._in_place import base_store
-from keras_vera.layers._in_place import class_like
 from keras_vera.layers._in_place import holds_merged
 from keras_vera.layers._in_place import is_beside_this_base
 from keras_vera.layers._in_place import new_group
@@ -105,10 +104,6 @@ class _Trained:
     def vera_trained(self):
         return self.vera_adaptation.trained
 
-    @classmethod
-    def from_config(cls, config):
-        return cls.vera_plain_class.from_config(config)
-
     @suspended()
     def save_own_variables(self, store):
         super().save_own_variables(base_store(self, store))
@@ -147,7 +142,7 @@ class _Trained:
 
 @functools.cache
 def _trained_class(plain_class):
-    return class_like(plain_class, (_Trained,), {})
+    return _keras.class_like(plain_class, (_Trained,))
 
 
 def check_all_there(model, paths, plans):

@@ -223,6 +223,40 @@ def test_copies_are_merged_models(x, copied):
     assert largest_difference(predict(other, x), predict(model, x)) < 1e-5
 
 
+@keras.saving.register_keras_serializable(package="test_keras_saving")
+class OwnsVariables(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = keras.layers.Dense(4, name="inner")
+
+    def build(self, shape):
+        self.scale = self.add_weight((4,), "ones", trainable=False)
+        self.bias = self.add_weight((4,), "ones", name="bias")
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, inputs, training=False):
+        return self.inner(inputs) * self.scale + self.bias
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize("train", [None, "bias"])
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_pickles_of_what_has_another_class(part, train, x):
+    model = OwnsVariables()
+    model.build((None, 5, 8))
+    keras_vera.enable_vera(model, rank=4, targets="inner", train=train)
+    spoil(model)
+    pickled = model if part == "model" else model.inner
+    plain_class = OwnsVariables if part == "model" else keras.layers.Dense
+    assert type(pickled) is not plain_class
+    other = pickle.loads(pickle.dumps(pickled))
+    assert type(other) is plain_class
+    assert adapted(model) == [model.inner] and adapted(other) == []
+    y, received = (keras.ops.convert_to_numpy(m(x)) for m in (pickled, other))
+    assert largest_difference(y, received) < 1e-5
+
+
 def test_clone_and_config_are_those_of_the_base(x):
     model = make_adapted()
     clone = keras.models.clone_model(model)

@@ -185,3 +185,91 @@ def test_what_computes_the_same_is_adapted(name):
             largest_difference(received, ops.convert_to_numpy(outputs[0]))
             < 1e-5
         )
+
+
+class Tagged(L.Dense):
+    """Its subclasses have to say something."""
+
+    tags: dict = {}
+
+    def __init_subclass__(cls, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Tagged.tags[tag] = cls
+
+
+class TaggedDense(Tagged, tag="dense"):
+    pass
+
+
+class Noted(L.BatchNormalization):
+    """It knows its subclasses."""
+
+    noted: list = []
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Noted.noted.append(cls)
+
+
+class NotedNorm(Noted):
+    pass
+
+
+class NotedAdam(keras.optimizers.Adam):
+    noted: list = []
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        NotedAdam.noted.append(cls)
+
+
+def make_noted(train):
+    layers = [keras.Input((3,)), TaggedDense(4), NotedNorm(), L.Dense(2)]
+    model = keras.Sequential(layers)
+    keras_vera.enable_vera(model, rank=3, targets="all-linear", train=train)
+    spoil(model)
+    return model
+
+
+@pytest.mark.parametrize("train", [None, "norm", "bias"])
+def test_classes_that_know_their_subclasses_get_to_know_no_others(train):
+    make_noted(train)
+    assert Tagged.tags == {"dense": TaggedDense}
+    assert Noted.noted == [NotedNorm]
+    assert Tagged.tags["dense"](5)(np.ones((2, 3), "float32")).shape == (2, 5)
+
+
+def test_nor_those_of_heads_and_optimizers_of_a_bank():
+    head = TaggedDense(2)
+    base = keras.Sequential([keras.Input((3,)), L.Dense(4)])
+    model = keras.Model(base.inputs, head(base.outputs[0]))
+    keras_vera.enable_vera(base, rank=3, targets="all-linear")
+    bank = keras_vera.AdapterBank(model, capacity=2)
+    bank.add("a")
+    bank.model.compile(NotedAdam(1e-2), "mse")
+    assert type(bank.model.optimizer) is not NotedAdam
+    assert bank.predict(np.ones((1, 3)), adapters=["a"]).shape == (1, 2)
+    assert Tagged.tags == {"dense": TaggedDense} and NotedAdam.noted == []
+
+
+@pytest.mark.members_in_turn
+@pytest.mark.parametrize("train", [None, "bias", "norm"])
+def test_what_is_made_by_the_class_of_an_adapted_layer_is_plain(train):
+    model = make_noted(train)
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    for layer, plain_class in zip(model.layers, (TaggedDense, NotedNorm)):
+        assert type(layer) is not plain_class
+        made = type(layer)(**layer.get_config())
+        assert type(made) is plain_class
+        expected = plain_class.from_config(layer.get_config())
+        for one in (made, expected):
+            one.build((None, 3))
+        made.set_weights(expected.get_weights())
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(made(x)), ops.convert_to_numpy(expected(x))
+        )
+    clone = keras.models.clone_model(
+        model, clone_function=lambda x: x.__class__(**x.get_config())
+    )
+    assert adapted(clone) == []
+    assert predict(clone, x).shape == (4, 2)
