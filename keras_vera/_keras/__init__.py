@@ -11,6 +11,9 @@ from keras_vera._keras.calls import is_in_call as is_in_call
 from keras_vera._keras.calls import is_in_inference_call as is_in_inference_call
 from keras_vera._keras.calls import is_in_layer_call as is_in_layer_call
 from keras_vera._keras.calls import is_training as is_training
+from keras_vera._keras.calls import (
+    serve_rematerialization as serve_rematerialization,
+)
 from keras_vera._keras.classes import class_like as class_like
 from keras_vera._keras.data import comparison as comparison
 from keras_vera._keras.data import data_kind as data_kind

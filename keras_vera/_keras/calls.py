@@ -1,10 +1,15 @@
 """What is known of the call that runs."""
 
+import functools
 import inspect
+import threading
 
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+# Whether a thread `is_rematerializing`.
+_thread = threading.local()
 
 
 def is_training(training):
@@ -28,9 +33,14 @@ def is_in_call():
     """Returns whether a layer is being called.
 
     Keras calls a model without a context of calls in `stateless_call`, but
-    in a stateless scope, where nothing else assigns to weights of layers.
+    in a stateless scope, where nothing else assigns to weights of layers. Nor
+    is there one where the backward pass runs a layer again.
     """
-    return is_in_layer_call() or in_stateless_scope()
+    return (
+        is_in_layer_call()
+        or in_stateless_scope()
+        or getattr(_thread, "is_rematerializing", False)
+    )
 
 
 def is_in_inference_call():
@@ -41,6 +51,41 @@ def is_in_inference_call():
         and not in_stateless_scope()
         and not context.get_value("training")
     )
+
+
+def serve_rematerialization(is_plain):
+    """Lets what `keras.remat` runs again be known as a call.
+
+    On JAX it is a part of the call, as nothing runs in the backward pass.
+
+    Args:
+        is_plain: Function that says whether what is called now must not run
+            again.
+    """
+    if backend.backend() == "jax":
+        return
+    plain_remat = backend.core.remat
+
+    def remat(function):
+        @functools.wraps(function, updated=())
+        def known(*args, **kwargs):
+            before = getattr(_thread, "is_rematerializing", False)
+            _thread.is_rematerializing = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _thread.is_rematerializing = before
+
+        rematerialized = plain_remat(known)
+
+        @functools.wraps(function, updated=())
+        def call(*args, **kwargs):
+            run = function if is_plain() else rematerialized
+            return run(*args, **kwargs)
+
+        return call
+
+    backend.core.remat = remat
 
 
 def copy_mask(source, target):

@@ -255,3 +255,7 @@ def _trained(model):
         "outside of the block; in a training step, compute the base's outputs "
         "inside it, and loss, gradients and updates after it."
     )
+
+
+# In the backward pass, when the block has ended, it would be another model.
+_keras.serve_rematerialization(lambda: bool(_scopes()))

@@ -5,6 +5,7 @@ import threading
 import keras
 import numpy as np
 import pytest
+from gradients import outputs_and_gradients
 from helpers import adapted
 from helpers import backend
 from helpers import largest_difference
@@ -305,6 +306,57 @@ def test_no_gradient_through_the_base(x):
         gradients = []
     for gradient in gradients:
         assert not np.any(ops.convert_to_numpy(gradient))
+
+
+class Function(keras.layers.Layer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.built = True
+
+    def call(self, x):
+        return self.function(x)
+
+
+class RunAgain(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(6, "tanh")
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        # JAX knows a function that it has seen, with what it saw then.
+        return keras.remat(lambda x: self.dense(x))(x)
+
+
+@pytest.mark.parametrize("mode", ["full", "activations", "in a layer", None])
+def test_gradients_through_a_base_that_runs_again(mode, rng):
+    def make():
+        keras.utils.set_random_seed(3)
+        with keras.RematScope(mode=None if mode == "in a layer" else mode):
+            layers = [
+                RunAgain()
+                if mode == "in a layer"
+                else keras.layers.Dense(6, "tanh"),
+                keras.layers.Dense(3, "tanh"),
+            ]
+        return keras.Sequential([keras.Input((5,)), *layers])
+
+    def base_of(x):
+        with keras_vera.base_model(model):
+            return model(x)
+
+    x, upstream = (rng.normal(size=(8, n)).astype("float32") for n in (5, 3))
+    model = make()
+    _, expected = outputs_and_gradients(Function(make()), x, upstream)
+    keras_vera.enable_vera(model, rank=4, targets="all-linear")
+    spoil(model)
+    _, adapter = outputs_and_gradients(Function(model), x, upstream)
+    _, found = outputs_and_gradients(Function(base_of), x, upstream)
+    assert largest_difference(adapter["x"], expected["x"]) > 1e-2
+    assert largest_difference(found["x"], expected["x"]) < 1e-6
 
 
 def test_torch_compile(rng):
