@@ -111,6 +111,19 @@ class EmbeddingKind(VeRALayer):
             return super().call(inputs)
         return self._added_call(inputs)
 
+    def _added_call(self, inputs, *args, **kwargs):
+        if not hasattr(inputs, "flat_values"):
+            return super()._added_call(inputs, *args, **kwargs)
+        # Ragged, on TensorFlow.
+        if rows_of(self) is not None:
+            raise ValueError(
+                f"The embedding '{self.name}' is called on ragged indices, "
+                "which an `AdapterBank` cannot mix. Leave this layer out of "
+                "`targets`, or pad the indices."
+            )
+        output = super()._added_call(inputs.flat_values, *args, **kwargs)
+        return inputs.with_flat_values(output)
+
     def _adapter_output(self, inputs, training):
         indices = inputs
         if "int" not in keras.backend.standardize_dtype(indices.dtype):

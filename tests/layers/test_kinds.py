@@ -505,3 +505,33 @@ def test_inputs_that_are_not_cast(kind, plan, dtype, received, rng):
     _, gradients = outputs_and_gradients(layer, x, g)
     for name in ("vera_lambda_d", "vera_lambda_b"):
         assert np.all(np.isfinite(gradients[name])) and gradients[name].any()
+
+
+@pytest.mark.in_turn("tensorflow")
+@pytest.mark.parametrize("kind", ["Embedding", "ReversibleEmbedding"])
+def test_ragged_indices(kind, plan):
+    import tensorflow as tf
+
+    layer = getattr(keras.layers, kind)(9, 6)
+    inputs = keras.Input((None,), dtype="int32", ragged=True)
+    model = keras.Sequential([inputs, layer])
+    ragged = tf.ragged.constant([[1, 2, 3], [], [4]], dtype="int32")
+    keras_vera.enable_vera(
+        model, rank=RANK, targets="embedding", plan=plan, dropout=0.5
+    )
+    spoil(model)
+    received = model(ragged)
+    assert received.row_splits.numpy().tolist() == [0, 3, 3, 4]
+    expected = layer.embeddings.numpy()[[1, 2, 3, 4]]
+    np.testing.assert_allclose(received.values, expected, atol=1e-5)
+
+    def of_gradients(indices, values):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(values(model(indices)) ** 2)
+        return tape.gradient(loss, [v.value for v in model.trainable_variables])
+
+    with_ragged = of_gradients(ragged, lambda y: y.values)
+    dense = of_gradients(np.array([[1, 2, 3, 4]], "int32"), lambda y: y)
+    for gradient, same in zip(with_ragged, dense, strict=True):
+        assert np.any(gradient)
+        np.testing.assert_allclose(gradient, same, rtol=1e-4, atol=1e-5)
