@@ -47,6 +47,7 @@ from keras_vera._keras.freezing import set_trainable as set_trainable
 from keras_vera._keras.freezing import thaw_own_variables as thaw_own_variables
 from keras_vera._keras.models import COMPILED as COMPILED
 from keras_vera._keras.models import living_models as living_models
+from keras_vera._keras.models import models_with as models_with
 from keras_vera._keras.models import remember_model as remember_model
 from keras_vera._keras.models import reset_compiled as reset_compiled
 from keras_vera._keras.optimizers import check_built_with as check_built_with

@@ -28,12 +28,7 @@ def reset_compiled(layers):
     moments belong to variables that no longer train). Models do not know who
     contains them, hence the search.
     """
-    changed = {id(layer) for layer in layers}
-    holding, others = [], []
-    for model in living_models():
-        below = flatten_layers(model)
-        is_changed = not changed.isdisjoint(id(layer) for layer in below)
-        (holding if is_changed else others).append(model)
+    holding, others = models_with(layers)
     for model in holding:
         for name in COMPILED:
             if getattr(model, name, None) is not None:
@@ -41,6 +36,17 @@ def reset_compiled(layers):
         _reset_optimizer_of(model, others)
     if keras.backend.backend() == "torch":
         _track_parameters_again(layers, holding)
+
+
+def models_with(layers):
+    """Returns the living models that hold one of `layers`, and the others."""
+    sought = {id(layer) for layer in layers}
+    holding, others = [], []
+    for model in living_models():
+        below = flatten_layers(model)
+        is_holding = not sought.isdisjoint(id(layer) for layer in below)
+        (holding if is_holding else others).append(model)
+    return holding, others
 
 
 # How often parameters were made or removed.

@@ -92,21 +92,22 @@ class Adaptation:
                 )
                 layer.vera_adaptation = self
             self.trained.begin(self)
-            for base in self.bases:
-                _refuse_lora(base)
+            for model in _keras.models_with(self.layers)[0]:
+                _refuse_lora(model)
             _keras.reset_compiled(self.frozen.layers)
         except BaseException:
             self.undo(merge=False)
             raise
 
     def undo(self, merge):
-        for base in self.bases:
-            base.__dict__.pop("enable_lora", None)
         self.trained.undo(give_back=not merge)
         for layer in self.layers:
             if is_adapted(layer):
                 layer.__dict__.pop("vera_adaptation", None)
                 restore_layer(layer, merge=merge)
+        for model in _keras.models_with(self.layers)[0]:
+            if not any(map(is_adapted, _keras.flatten_layers(model))):
+                model.__dict__.pop("enable_lora", None)
         self.frozen.undo(give_back=not merge)
 
     def beside_base(self):
@@ -425,16 +426,16 @@ def adaptations(layers):
     return list({id(x): x for x in found if x is not None}.values())
 
 
-def _refuse_lora(base):
+def _refuse_lora(model):
     """Makes `backbone.enable_lora` raise; it would freeze the vectors."""
-    if not hasattr(base, "enable_lora") or is_adapted(base):
+    if not hasattr(model, "enable_lora"):
         return
 
     def enable_lora(*args, **kwargs):
         raise ValueError(
-            f"Model '{base.name}' is adapted with VeRA; `enable_lora` would "
+            f"Model '{model.name}' is adapted with VeRA; `enable_lora` would "
             "freeze its vectors. Call `keras_vera.merge(model)` to keep the "
             "adapter or `keras_vera.disable_vera(model)` to drop it first."
         )
 
-    base.enable_lora = enable_lora
+    model.enable_lora = enable_lora

@@ -291,6 +291,23 @@ def test_lora_is_refused(family):
     task.backbone.enable_lora(2)  # Possible again.
 
 
+@pytest.mark.parametrize("targets", ["mlp", "attention-qv"])
+def test_lora_is_refused_above_what_is_adapted(targets):
+    backbone = make_backbone("gemma")
+    first, second = backbone.transformer_layers
+    before = restorable_state(backbone)
+    keras_vera.enable_vera(first, rank=4, targets=targets)
+    keras_vera.enable_vera(second, rank=4, targets=targets)
+    for one in (first, second):
+        adapted_state = state(backbone)
+        with pytest.raises(ValueError, match="adapted with VeRA; `enable_lora"):
+            backbone.enable_lora(2)
+        assert state(backbone) == adapted_state
+        keras_vera.disable_vera(one)
+    assert restorable_state(backbone) == before
+    backbone.enable_lora(2)  # Possible again.
+
+
 @every_family
 def test_backbone_first_and_task_around_it(family, tmp_path):
     backbone = make_backbone(family)
