@@ -250,32 +250,33 @@ def check_mergeable(model, layers):
         )
 
 
-def warn_about_quantized_logits(model, bases):
+def warn_about_quantized_logits(model):
     """Warns where Keras gives what lies below the logits wrong gradients.
 
     A quantized `ReversibleEmbedding` passes them through the scale of its
     inputs only, when it makes logits.
     """
     keras_hub = sys.modules.get("keras_hub")
-    if keras_hub is None or not isinstance(
-        model,
-        (
-            keras_hub.models.CausalLM,
-            keras_hub.models.MaskedLM,
-            keras_hub.models.Seq2SeqLM,
-        ),
-    ):
+    if keras_hub is None:
         return
+    language_models = (
+        keras_hub.models.CausalLM,
+        keras_hub.models.MaskedLM,
+        keras_hub.models.Seq2SeqLM,
+    )
+    # Also where a part of one is adapted, such as its backbone.
     quantized = [
-        layer.name
-        for base in bases
-        for layer in _keras.flatten_layers(base)
+        (layer.name, holder.name)
+        for holder in _keras.models_with([model])[0]
+        if isinstance(holder, language_models)
+        for layer in _keras.flatten_layers(holder)
         if isinstance(layer, keras.layers.ReversibleEmbedding)
         and layer.quantization_mode is not None
     ]
     if quantized:
+        name, holder_name = quantized[0]
         warnings.warn(
-            f"The output projection '{quantized[0]}' of '{model.name}' is "
+            f"The output projection '{name}' of '{holder_name}' is "
             "quantized, and Keras passes wrong gradients through it, so that "
             "adapters train badly. Leave it out: `model.quantize(mode, "
             "filters=lambda layer: not isinstance(layer, "

@@ -146,7 +146,7 @@ def enable_vera(
     trained = resolve_train(
         train, layers, paths, _keras.structural_paths(model)
     )
-    warn_about_quantized_logits(model, bases)
+    warn_about_quantized_logits(model)
     Adaptation(
         projection=SharedProjection(seed, max(ranks.values()), structure),
         targets=targets,

@@ -306,11 +306,11 @@ def test_rows_of_a_bank(mode, tmp_path):
 
 
 def test_gradients_below_the_logits_of_a_language_model():
-    def gradients(filters, quantize=True):
+    def gradients(filters, quantize=True, part=lambda task: task):
         task, (x, _) = make_task("gemma"), make_inputs("gemma")
         if quantize:
             task.quantize("int8", filters=filters)
-        keras_vera.enable_vera(task, rank=4)
+        keras_vera.enable_vera(part(task), rank=4)
         spoil(task)
         return np.concatenate(squares_and_gradients(task, x)[1])
 
@@ -325,8 +325,9 @@ def test_gradients_below_the_logits_of_a_language_model():
 
     assert cosine(gradients(is_no_table)) > 0.95
     # As Keras has it, for every adapter; else the warning could go.
-    with pytest.warns(UserWarning, match="'token_embedding' .*filters=lambda"):
-        assert cosine(gradients(None)) < 0.95
+    for part in (lambda task: task, lambda task: task.backbone):
+        with pytest.warns(UserWarning, match="'token_embedding' .*filters=l"):
+            assert cosine(gradients(None, part=part)) < 0.95
 
 
 def make_partly_quantized():
