@@ -267,7 +267,8 @@ class MultiOptimizer(keras.optimizers.MultiOptimizer):
                 return super().apply(grads)
             trainable_variables = self._trainable_variables
         variables = list(trainable_variables)
-        self.build(variables)
+        if not self.built:
+            self.build(variables)
         self._check_variables_are_known(variables)
         grads, variables = self._filter_empty_gradients(grads, variables)
         pairs = [([], []) for _ in self._inner_optimizers]

@@ -427,20 +427,13 @@ def test_adapters_outlive_their_base(files, x, tmp_path, change, in_folder):
 
 
 class Towers(keras.Model):
-    """Each with random matrices of its own, as after `load_adapter`."""
+    """Adapted one by one, each with random matrices of its own."""
 
-    def __init__(self, folder):
+    def __init__(self):
         super().__init__()
-        towers = []
-        for seed in (0, 1):
-            own = make_classifier(seed=seed).get_layer(index=1)
-            files = list(make_files(folder, NAMES, own).values())
-            total = folder / f"sum{seed}.vera.safetensors"
-            keras_vera.combine(dict.fromkeys(files, 0.5), total)
-            towers.append(make_classifier(vera=False).get_layer(index=1))
-            keras_vera.load_adapter(towers[-1], total)
         # In another order than that of their names.
-        self.text, self.image = towers
+        self.text = make_classifier().get_layer(index=1)
+        self.image = make_classifier().get_layer(index=1)
 
     def call(self, x):
         return self.image(x) + self.text(x)
@@ -448,7 +441,7 @@ class Towers(keras.Model):
 
 @pytest.mark.parametrize("moved", ["image", "text"])
 def test_each_of_two_towers_has_its_random_matrices(moved, x, tmp_path):
-    model = Towers(tmp_path)
+    model = Towers()
     model(x)
     bank = keras_vera.AdapterBank(model, 1)
     bank.add("ann")
