@@ -53,8 +53,10 @@ class BankFiles:
             "unsaved": unsaved.as_header(self._unsaved),
         }
         self.matrices = saved.carried_matrices(layers)
-        projections = {layer.projection for layer in layers}
-        self._beginnings = {p: p.beginnings() for p in projections}
+        self._beginnings = {
+            projection: projection.beginnings()
+            for projection in dict.fromkeys(x.projection for x in layers)
+        }
         self._expected = saved.expected_entries(self._paths)
         names = {id(v): name for name, v in self.variables.items()}
         self.layers, heads, self.fresh = {}, [], {}
@@ -168,7 +170,8 @@ class BankFiles:
                     "another seed has brought them. Make the bank afterwards."
                 )
         layers = self._header["layers"]
-        for path in {min(layers), max(layers)}:
+        # In one order, as processes gather together what they share.
+        for path in sorted({min(layers), max(layers)}):
             layer = self._paths[path]
             if getattr(layer, "projection", None) not in self._beginnings:
                 continue
