@@ -269,16 +269,9 @@ class MultiOptimizer(keras.optimizers.MultiOptimizer):
         variables = list(trainable_variables)
         if not self.built:
             self.build(variables)
-        self._check_variables_are_known(variables)
-        grads, variables = self._filter_empty_gradients(grads, variables)
-        pairs = [([], []) for _ in self._inner_optimizers]
-        for grad, variable in zip(grads, variables):
-            index = self._var_to_optimizer_idx[self._var_key(variable)]
-            for own, one in zip(pairs[index], (grad, variable)):
-                own.append(one)
-        for optimizer, own in zip(self._inner_optimizers, pairs):
-            if own[0]:
-                optimizer.apply(*own)
+        for optimizer, own in _keras.divided(self, grads, variables):
+            if own:
+                optimizer.apply_gradients(own)
             else:
                 # So that schedules stay in step.
                 optimizer.iterations.assign_add(1)

@@ -804,6 +804,16 @@ def rates_of_variables(model):
     return rates
 
 
+def check_same_weights(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(one),
+            ops.convert_to_numpy(other),
+            rtol=1e-6,
+            atol=1e-7,
+        )
+
+
 @pytest.mark.filterwarnings("error:Skipping variable loading")
 @pytest.mark.parametrize("total_steps", [None, 20])
 def test_a_file_keeps_the_rates_of_layers(tmp_path, data, total_steps):
@@ -816,17 +826,10 @@ def test_a_file_keeps_the_rates_of_layers(tmp_path, data, total_steps):
     assert len({str(x) for x in rates_of_variables(loaded).values()}) > 3
     for x in (model, loaded):
         x.fit(*data, shuffle=False, verbose=0)
-    for v, expected in zip(
+    check_same_weights(
         [*loaded.weights, *loaded.optimizer.variables],
         [*model.weights, *model.optimizer.variables],
-        strict=True,
-    ):
-        np.testing.assert_allclose(
-            ops.convert_to_numpy(v),
-            ops.convert_to_numpy(expected),
-            rtol=1e-6,
-            atol=1e-7,
-        )
+    )
 
 
 @keras.saving.register_keras_serializable("keras_vera_tests")
@@ -897,13 +900,7 @@ def test_a_file_of_nested_layers_of_one_name(tmp_path, data):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     for x in (model, loaded):
         x.fit(*data, shuffle=False, verbose=0)
-    for v, expected in zip(loaded.weights, model.weights, strict=True):
-        np.testing.assert_allclose(
-            ops.convert_to_numpy(v),
-            ops.convert_to_numpy(expected),
-            rtol=1e-6,
-            atol=1e-7,
-        )
+    check_same_weights(loaded.weights, model.weights)
 
 
 def is_of_head(variable):
@@ -944,13 +941,7 @@ def test_a_file_of_a_merged_model(
         )
         x.fit(*data, shuffle=False, verbose=0)
     for x in loaded:
-        for v, expected in zip(x.weights, plain.weights, strict=True):
-            np.testing.assert_allclose(
-                ops.convert_to_numpy(v),
-                ops.convert_to_numpy(expected),
-                rtol=1e-6,
-                atol=1e-7,
-            )
+        check_same_weights(x.weights, plain.weights)
 
 
 def test_a_file_of_a_model_that_has_not_trained(tmp_path, data):

@@ -52,6 +52,7 @@ from keras_vera._keras.models import remember_model as remember_model
 from keras_vera._keras.models import reset_compiled as reset_compiled
 from keras_vera._keras.optimizers import check_built_with as check_built_with
 from keras_vera._keras.optimizers import copy_exclusions as copy_exclusions
+from keras_vera._keras.optimizers import divided as divided
 from keras_vera._keras.optimizers import in_any_replica as in_any_replica
 from keras_vera._keras.optimizers import mix_in as mix_in
 from keras_vera._keras.optimizers import mix_out as mix_out

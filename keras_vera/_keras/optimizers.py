@@ -27,6 +27,26 @@ def check_built_with(optimizer, variables):
     optimizer._check_variables_are_known(variables)
 
 
+def divided(optimizer, grads, variables):
+    """Returns each part of a built `MultiOptimizer`, and what it has to apply.
+
+    Raises, as Keras does, for variables of another model, and where there is
+    no gradient at all; warns where some are missing.
+
+    Args:
+        optimizer: A `MultiOptimizer`.
+        grads: List of gradients, or `None`.
+        variables: List of the variables that they are of.
+    """
+    check_built_with(optimizer, variables)
+    grads, variables = optimizer._filter_empty_gradients(grads, variables)
+    pairs = [[] for _ in optimizer.optimizers]
+    for grad, variable in zip(grads, variables):
+        part = optimizer._var_to_optimizer_idx[optimizer._var_key(variable)]
+        pairs[part].append((grad, variable))
+    return list(zip(optimizer.optimizers, pairs))
+
+
 def named_in_files(plain_name):
     """Returns a decorator for a class that files name as one of Keras' own.
 

@@ -155,6 +155,7 @@ def objects():
     parts = keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(keras.optimizers.SGD(), {})
     )
+    parts.build(model.trainable_variables)
     modules = [
         resolve(module, name) for module, name in imports() if is_for(module)
     ]

@@ -342,13 +342,19 @@ def test_a_dataset_that_cannot_be_read_costs_nothing(files, data, tmp_path):
     assert before.keys() == stacks(bank).keys()
 
 
-def test_texts_with_names(tmp_path):
-    """A preprocessor takes the texts of datasets, too."""
-    torch = pytest.importorskip("torch")
+def text_classifier(path):
+    """Returns one with an adapter, of which it writes the file."""
     task = hub_text.make_classifier()
     keras_vera.enable_vera(task, rank=4)
     banks.randomize(task, 1)
-    keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")
+    keras_vera.save_adapter(task, path)
+    return task
+
+
+def test_texts_with_names(tmp_path):
+    """A preprocessor takes the texts of datasets, too."""
+    torch = pytest.importorskip("torch")
+    task = text_classifier(tmp_path / "a.vera.safetensors")
     texts, y = ["a b c", "b", "d h", "g"], np.array([0, 1, 2, 0])
     names = ["a", "", "a", "a"]
     expected = predict(task, texts)
@@ -378,10 +384,7 @@ def test_texts_with_names(tmp_path):
 def test_pairs_of_texts_as_pytorch_collates_them(tmp_path):
     """Its default makes `[(a, c), (b, d)]` of `(a, b)` and `(c, d)`."""
     torch = pytest.importorskip("torch")
-    task = hub_text.make_classifier()
-    keras_vera.enable_vera(task, rank=4)
-    banks.randomize(task, 1)
-    keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")
+    task = text_classifier(tmp_path / "a.vera.safetensors")
     segments = ["a b c", "b", "d h", "g"], ["h", "a b", "c", "d d"]
     expected = predict(task, segments)
     bank = keras_vera.AdapterBank(task, capacity=1)
@@ -396,11 +399,8 @@ def test_pairs_of_texts_as_pytorch_collates_them(tmp_path):
     reason="of NumPy 2 alone",
 )
 def test_strings_of_any_length(tmp_path):
-    task = hub_text.make_classifier()
-    keras_vera.enable_vera(task, rank=4)
+    task = text_classifier(tmp_path / "a.vera.safetensors")
     bank = keras_vera.AdapterBank(task, capacity=1)
-    banks.randomize(task, 1)
-    keras_vera.save_adapter(task, tmp_path / "a.vera.safetensors")
     bank.load("a", tmp_path / "a.vera.safetensors")
     texts, names = ["a b c", "b", "d h", "g"], ["a", "", "a", "a"]
     parts = [np.array(x, np.dtypes.StringDType()) for x in (texts, names)]
