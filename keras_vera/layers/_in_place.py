@@ -157,8 +157,7 @@ class _BaseStore:
     """A store that gets the base's values where Keras writes others."""
 
     def __init__(self, store, values):
-        self._store = store
-        self._values = {id(variable): value for variable, value in values}
+        self._store, self._values = store, values
 
     def __setitem__(self, key, value):
         self._store[key] = self._values.get(id(value), value)
@@ -174,10 +173,8 @@ def base_store(layer, store):
     base nor adapted with theirs: what the adapter has is in the hidden group
     then, of every layer of one adaptation.
     """
-    adaptation = layer.vera_adaptation
-    if adaptation.beside_base() is None:
-        return store
-    return _BaseStore(store, adaptation.base_values())
+    values = layer.vera_adaptation.values_in_files()
+    return _BaseStore(store, values) if values else store
 
 
 def new_group(layer, store):

@@ -39,9 +39,7 @@ def _own_weights(layer):
     trained = getattr(layer, "vera_trained", None)
     base = {}
     if is_adapted or trained is not None:
-        adaptation = layer.vera_adaptation
-        if adaptation.beside_base() is not None:
-            base = {id(v): value for v, value in adaptation.base_values()}
+        base = layer.vera_adaptation.values_in_files()
     for variable in _keras.own_variables(layer):
         if is_adapted and variable.name.startswith("vera_"):
             continue

@@ -126,6 +126,12 @@ class Adaptation:
             "trained": self.trained.names(),
         }
 
+    def values_in_files(self):
+        """Returns the base's values that files have, by id of a variable."""
+        if self.beside_base() is None:
+            return {}
+        return {id(variable): value for variable, value in self.base_values()}
+
     def base_values(self):
         """Yields each variable that the base has with another value, and it.
 
